@@ -1,0 +1,124 @@
+"""What travels between the shelves of the house, one frozen dataclass each.
+
+Dimensions, one letter each, in names (`x_BTD`, `q_BTNH`):
+  B batch      T query or target length   S key or cache length   D model
+  N query heads   K key/value heads   G = N / K   H head   F feed-forward   V vocabulary
+  L layers     E experts     Q prompts    R completions a prompt    P shared prefixes
+Say *axis* for the mesh, *dim* for a tensor, *num_* for counts.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+Params = dict[str, Any]  # a plain nested dict of arrays; see model/decoder.py for the tree
+
+
+def _pytree(*static: str):
+    """Class decorator: frozen dataclass registered as a pytree; `static` fields are metadata."""
+
+    def wrap(cls):
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        data = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+
+    return wrap
+
+
+@_pytree()
+class Batch:
+    """Rows of packed token sequences, as every language-model objective reads them.
+
+    Rows may hold several documents. Document boundaries are `segments_BT` (1, 2, ...; 0 is padding)
+    and `positions_BT` restart at 0 with every document.
+    """
+
+    tokens_BT: jax.Array  # int32, inputs
+    targets_BT: (
+        jax.Array
+    )  # int32, the next token of the same document; any value where the weight is 0
+    weights_BT: (
+        jax.Array
+    )  # float32, loss weight of each target; 0 on padding and on a document's last input
+    segments_BT: jax.Array  # int32, 1, 2, ... for each document of the row; 0 is padding
+    positions_BT: jax.Array  # int32, position inside the document
+
+
+@_pytree("causal", "window", "soft_cap", "scale")
+class AttentionMask:
+    """Which keys a query may read, as data. An implementation honours all of it or refuses.
+
+    A query attends to a key when every condition holds: equal segment ids (and not 0), key index <=
+    query index (`causal`), key index > query index - `window`. A fully masked row gives zeros.
+    """
+
+    q_segments_BT: jax.Array | None = None  # int32; None: one segment
+    kv_segments_BS: jax.Array | None = None  # int32; given exactly when q_segments_BT is
+    q_offset_B: jax.Array | None = None  # int32; index of the first query among the keys; None: 0
+    causal: bool = True
+    window: int | None = None  # number of keys a query reads, itself included
+    soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    scale: float | None = None  # None: 1 / sqrt(H)
+
+
+@_pytree()
+class TrainState:
+    """All that a train step reads and writes; donated to it."""
+
+    step: jax.Array  # int32 scalar, updates taken or skipped
+    params: Params  # float32 master weights
+    opt: Any  # optax state
+    key: jax.Array  # the stage's PRNG key; a step uses fold_in(key, step)
+    nonfinite: jax.Array  # int32 scalar, consecutive steps skipped for a non-finite gradient
+
+
+@_pytree()
+class Loss:
+    """What an objective returns for one microbatch.
+
+    `terms[name]` = (weighted sum over this microbatch, coefficient): the trainer divides each sum by
+    the term's weight over the *global* batch, then adds coefficient * mean. `metrics[name]` are sums
+    that the trainer divides by the weight of the objective's first term.
+    """
+
+    terms: dict[str, tuple[jax.Array, float]]
+    metrics: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_samples: int = 1  # completions a prompt
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"sampling.max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}; it must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k is {self.top_k}; it must be 0 (off) or more")
+        if self.num_samples < 1:
+            raise ValueError(f"sampling.num_samples is {self.num_samples}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled answer. The end-of-sequence token, when it was drawn, is the last of `ids`."""
+
+    text: str  # decoded without the end-of-sequence token
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each id at the sampling temperature, unfiltered distribution
+    truncated: bool  # the token limit came before the end of sequence
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        return len(self.ids)
