@@ -1,3 +1,3 @@
-"""jaxreason: pretraining, long chain-of-thought training and evaluation of small language models in JAX."""
+"""jaxreason: small language models that reason, trained in JAX."""
 
 __version__ = "0.1.0"

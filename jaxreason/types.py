@@ -16,7 +16,7 @@ import jax
 Params = dict[str, Any]  # a plain nested dict of arrays; see model/decoder.py for the tree
 
 
-def _pytree(*static: str):
+def pytree_dataclass(*static: str):
     """Class decorator: frozen dataclass registered as a pytree; `static` fields are metadata."""
 
     def wrap(cls):
@@ -27,7 +27,7 @@ def _pytree(*static: str):
     return wrap
 
 
-@_pytree()
+@pytree_dataclass()
 class Batch:
     """Rows of packed token sequences, as every language-model objective reads them.
 
@@ -46,7 +46,7 @@ class Batch:
     positions_BT: jax.Array  # int32, position inside the document
 
 
-@_pytree("causal", "window", "soft_cap", "scale")
+@pytree_dataclass("causal", "window", "soft_cap", "scale")
 class AttentionMask:
     """Which keys a query may read, as data. An implementation honours all of it or refuses.
 
@@ -63,7 +63,7 @@ class AttentionMask:
     scale: float | None = None  # None: 1 / sqrt(H)
 
 
-@_pytree()
+@pytree_dataclass()
 class TrainState:
     """All that a train step reads and writes; donated to it."""
 
@@ -74,7 +74,7 @@ class TrainState:
     nonfinite: jax.Array  # int32 scalar, consecutive steps skipped for a non-finite gradient
 
 
-@_pytree()
+@pytree_dataclass()
 class Loss:
     """What an objective returns for one microbatch.
 

@@ -9,7 +9,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A dense Qwen3 decoder: GQA, QK-norm before RoPE, SwiGLU, pre-RMSNorm. Source: arXiv 2505.09388."""
+    """A dense Qwen3 decoder: GQA, QK-norm before RoPE, SwiGLU, pre-RMSNorm (arXiv 2505.09388)."""
 
     vocab_size: int  # rows of the embedding table; may exceed the tokenizer's entries
     num_layers: int
@@ -25,13 +25,14 @@ class DecoderConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads",
-                     "head_dim", "max_length"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"model.{field.name} is {value}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}"
+                f"model.num_heads = {self.num_heads} is not a multiple of "
+                f"model.num_kv_heads = {self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(
@@ -40,9 +41,15 @@ class DecoderConfig:
 
 
 def _qwen3(num_layers, embed_dim, mlp_dim, num_heads, num_kv_heads, tie, **changes):
-    shape = dict(vocab_size=151_936, head_dim=128, tie_embeddings=tie, max_length=40_960)
-    return DecoderConfig(num_layers=num_layers, embed_dim=embed_dim, mlp_dim=mlp_dim, num_heads=num_heads,
-                         num_kv_heads=num_kv_heads, **{**shape, **changes})  # fmt: skip
+    defaults = dict(vocab_size=151_936, head_dim=128, tie_embeddings=tie, max_length=40_960)
+    return DecoderConfig(
+        num_layers=num_layers,
+        embed_dim=embed_dim,
+        mlp_dim=mlp_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        **{**defaults, **changes},
+    )
 
 
 PRESETS: dict[str, DecoderConfig] = {
@@ -55,7 +62,7 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-32b": _qwen3(64, 5120, 25600, 64, 8, False),
     # This project's pretraining shape: 1,519,230,976 parameters.
     "qwen3-1.5b": _qwen3(24, 2048, 6144, 16, 8, True, max_length=4096),
-    # Shapes for laptops; the vocabulary is set to the tokenizer's by the config that uses them.
+    # Shapes for laptops; a config sets the vocabulary to its tokenizer's.
     "qwen3-tiny": _qwen3(
         4, 128, 384, 4, 2, True, vocab_size=320, head_dim=32, max_length=1024, rope_theta=1e4
     ),

@@ -1,0 +1,332 @@
+"""The decoder: Qwen3 in Flax NNX, and the functional handle that everything else uses.
+
+Parameters travel as a plain nested dict (the NNX module is merged only while tracing):
+  embedding [V, D], final_norm [D], lm_head [V, D] when untied, and under `layers`, stacked over L:
+  attention_norm [D], wq [D, N, H], wk wv [D, K, H], q_norm k_norm [H], wo [N, H, D],
+  mlp_norm [D], w_gate w_up [D, F], w_down [F, D].
+Each carries its logical axes as metadata, from which initialisation, shardings, restore targets and
+the optimizer's view of it derive.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxreason.kernels.decode import decode_attention
+from jaxreason.model import attention as attention_lib
+from jaxreason.model import cache as cache_lib
+from jaxreason.model.cache import Cache
+from jaxreason.model.config import DecoderConfig
+from jaxreason.model.heads import Head
+from jaxreason.parallel import rules
+from jaxreason.types import AttentionMask, Params, pytree_dataclass
+
+REMAT = ("none", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a decoder runs; none of it changes what it computes, up to rounding."""
+
+    dtype: str = "float32"  # of activations and of the weights as they multiply
+    attention: str = "auto"
+    remat: str = "none"  # full: every layer is recomputed in the backward pass
+    scan_layers: bool = False  # one compiled layer in a loop; unrolled runs about 8 % faster on CPU
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"mesh.remat is {self.remat!r}; it must be one of {', '.join(REMAT)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"mesh.dtype is {self.dtype!r}; it must be float32 or bfloat16")
+
+
+@pytree_dataclass()
+class LayerWeights:
+    """One layer's weights as they multiply: cast, and concatenated where that saves matmuls."""
+
+    attention_norm: jax.Array
+    qkv: tuple[jax.Array, ...]  # [D, heads, H] each; together N + 2K heads
+    q_norm: jax.Array
+    k_norm: jax.Array
+    wo: jax.Array
+    mlp_norm: jax.Array
+    gate_up: tuple[jax.Array, ...]  # [D, *] each; together 2F
+    w_down: jax.Array
+
+
+class Block(nnx.Module):
+    """The parameters of one layer."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        # Residual branches start small (GPT-2's rule): depth does not grow the stream's variance.
+        out_std = c.init_std / math.sqrt(2 * c.num_layers)
+        D, F, N, K, H = c.embed_dim, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        self.attention_norm = _ones((D,))
+        self.wq = _normal(rngs, (D, N, H), ("embed", "heads", "head_dim"), c.init_std)
+        self.wk = _normal(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), c.init_std)
+        self.wv = _normal(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), c.init_std)
+        self.q_norm = _ones((H,))
+        self.k_norm = _ones((H,))
+        self.wo = _normal(rngs, (N, H, D), ("heads", "head_dim", "embed"), out_std)
+        self.mlp_norm = _ones((D,))
+        self.w_gate = _normal(rngs, (D, F), ("embed", "mlp"), c.init_std)
+        self.w_up = _normal(rngs, (D, F), ("embed", "mlp"), c.init_std)
+        self.w_down = _normal(rngs, (F, D), ("mlp", "embed"), out_std)
+
+    def weights(self, dtype: jnp.dtype, fuse: bool) -> LayerWeights:
+        cast = lambda p: p[...].astype(dtype)
+        join = lambda parts: (jnp.concatenate(parts, axis=1),) if fuse else tuple(parts)
+        return LayerWeights(
+            attention_norm=self.attention_norm[...],
+            qkv=join([cast(self.wq), cast(self.wk), cast(self.wv)]),
+            q_norm=self.q_norm[...],
+            k_norm=self.k_norm[...],
+            wo=cast(self.wo),
+            mlp_norm=self.mlp_norm[...],
+            gate_up=join([cast(self.w_gate), cast(self.w_up)]),
+            w_down=cast(self.w_down),
+        )
+
+
+class Decoder(nnx.Module):
+    """The parameters of the whole network; the layers are stacked on a leading L."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        table = functools.partial(
+            _normal, rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), c.init_std
+        )
+        self.embedding = table()
+        keys = jax.random.split(rngs.params(), c.num_layers)
+        self.layers = jax.vmap(lambda key: Block(c, nnx.Rngs(params=key)))(keys)
+        self.final_norm = _ones((c.embed_dim,))
+        if not c.tie_embeddings:
+            self.lm_head = table()
+
+
+def _normal(rngs, shape, axes, std):
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def _ones(shape):
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=("norm",))
+
+
+# --- the maths of a layer -------------------------------------------------------------------------
+
+
+def rms_norm(x, scale, eps):
+    """Root-mean-square norm over the last dim, in float32. Source: arXiv 1910.07467."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(
+        x.dtype
+    )
+
+
+def rope_tables(positions_BT, head_dim, theta):
+    """cos and sin [B, T, 1, H/2] of the rotary angles. Source: arXiv 2104.09864."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH, cos, sin):
+    """Rotary embedding on halves (x_i, x_{i + H/2}), the convention of Hugging Face's weights."""
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_BTNH.dtype)
+
+
+def _einsum(equation, x, w):
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def qkv(c: DecoderConfig, w: LayerWeights, x_BTD, cos, sin):
+    """Normed and rotated queries [B,T,N,H], keys and values [B,T,K,H]."""
+    h_BTD = rms_norm(x_BTD, w.attention_norm, c.norm_eps)
+    heads = jnp.concatenate([_einsum("BTD,DNH->BTNH", h_BTD, part) for part in w.qkv], axis=2)
+    q_BTNH, k_BTKH, v_BTKH = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+    q_BTNH = rotate(rms_norm(q_BTNH, w.q_norm, c.norm_eps), cos, sin)
+    k_BTKH = rotate(rms_norm(k_BTKH, w.k_norm, c.norm_eps), cos, sin)
+    return q_BTNH, k_BTKH, v_BTKH
+
+
+def finish_layer(c: DecoderConfig, w: LayerWeights, x_BTD, attended_BTNH):
+    """Output projection, then the SwiGLU MLP, both on the residual stream."""
+    x_BTD = x_BTD + _einsum("BTNH,NHD->BTD", attended_BTNH, w.wo)
+    h_BTD = rms_norm(x_BTD, w.mlp_norm, c.norm_eps)
+    gate_up = jnp.concatenate([_einsum("BTD,DF->BTF", h_BTD, part) for part in w.gate_up], axis=-1)
+    gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
+    return x_BTD + _einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w.w_down)
+
+
+# --- the handle -----------------------------------------------------------------------------------
+
+
+@pytree_dataclass()
+class DecodeWeights:
+    """All weights as the decode loop multiplies them, made once before the loop."""
+
+    embedding: jax.Array
+    layers: tuple[LayerWeights, ...]
+    final_norm: jax.Array
+    head_VD: jax.Array
+
+
+class LanguageModel:
+    """Pure functions of a parameter tree: what objectives, samplers and checkpoints see of a model.
+
+    Args:
+      valid_vocab: the tokenizer's entries, when the table has more rows (Qwen3: 151,669 of
+        151,936); the rest get no probability and no gradient.
+    Raises ValueError when a weight does not divide on the mesh, or the vocabulary is too small.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        execution: Execution = Execution(),
+        mesh: Mesh | None = None,
+        valid_vocab: int | None = None,
+    ):
+        if valid_vocab is not None and valid_vocab > config.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {config.vocab_size} is smaller than "
+                f"the tokenizer's {valid_vocab} entries"
+            )
+        self.config, self.execution, self.mesh = config, execution, mesh
+        padded = valid_vocab is not None and valid_vocab < config.vocab_size
+        self.valid_vocab = valid_vocab if padded else None
+        self.dtype = jnp.dtype(execution.dtype)
+        self.head = Head(mesh, self.valid_vocab)
+        self._attention = attention_lib.build(execution.attention, mesh)
+        # Concatenating weights that are split over the tensor axis would move them between devices.
+        self._fuse = mesh is None or rules.axis_size(mesh, "heads") == 1
+        abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+        self._graph, state = nnx.split(abstract)
+        self.shapes: Params = nnx.to_pure_dict(nnx.state(abstract))
+        self.axes: Params = nnx.to_pure_dict(
+            jax.tree.map(_logical_axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        )
+        if mesh is not None:
+            self.shardings()  # raises now, not at the first step
+
+    def init(self, key: jax.Array) -> Params:
+        """Random float32 parameters."""
+        return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key))))
+
+    def shardings(self) -> Params:
+        """Where each weight lives, from the rules table."""
+
+        def of(path, shape, axes):
+            name = "/".join(str(getattr(k, "key", k)) for k in path)
+            return rules.sharding(self.mesh, name, shape.shape, axes)
+
+        return jax.tree_util.tree_map_with_path(of, self.shapes, self.axes)
+
+    @property
+    def num_params(self) -> int:
+        return sum(math.prod(s.shape) for s in jax.tree.leaves(self.shapes))
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def hidden(self, params: Params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
+        """hidden_BTD after the final norm, every document of a row on its own."""
+        return self._forward(params, tokens_BT, segments_BT, positions_BT)[0]
+
+    def head_weight(self, params: Params) -> jax.Array:
+        return params["embedding" if self.config.tie_embeddings else "lm_head"]
+
+    def xent(self, params, h_BTD, targets_BT, weights_BT, **options):
+        """Weighted sums of the cross-entropy; see kernels.linear_xent.linear_xent."""
+        return self.head.xent(h_BTD, self.head_weight(params), targets_BT, weights_BT, **options)
+
+    def logprobs(self, params, h_BTD, targets_BT, **options):
+        """(logp_BT, entropy_BT, lse_BT); see kernels.linear_xent.linear_logprobs."""
+        return self.head.logprobs(h_BTD, self.head_weight(params), targets_BT, **options)
+
+    def _forward(self, params, tokens_BT, segments_BT, positions_BT, keep_kv=False):
+        c = self.config
+        module = nnx.merge(self._graph, params)
+        mask = AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
+        cos, sin = rope_tables(positions_BT, c.head_dim, c.rope_theta)
+        x_BTD = self._embed(module.embedding[...], tokens_BT)
+
+        def layer(x_BTD, block):
+            w = block.weights(self.dtype, self._fuse)
+            q, k, v = qkv(c, w, x_BTD, cos, sin)
+            x_BTD = finish_layer(c, w, x_BTD, self._attention(q, k, v, mask))
+            x_BTD = rules.constrain(x_BTD, self.mesh, "batch", "length", "model")
+            return x_BTD, (k, v) if keep_kv else None
+
+        if self.execution.remat == "full":
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+        unroll = 1 if self.execution.scan_layers else c.num_layers
+        x_BTD, kv = jax.lax.scan(layer, x_BTD, module.layers, unroll=unroll)
+        return rms_norm(x_BTD, module.final_norm[...], c.norm_eps), kv
+
+    def _embed(self, table_VD, tokens_BT):
+        # A table split on both dims makes XLA rematerialise it around the gather: gather it whole.
+        table_VD = table_VD.astype(self.dtype)
+        if self.mesh is not None and self.mesh.size > 1:
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            table_VD = jax.lax.with_sharding_constraint(table_VD, whole)
+        return rules.constrain(table_VD[tokens_BT], self.mesh, "batch", "length", "model")
+
+    # -- generation --------------------------------------------------------------------------------
+
+    def prefill(self, params: Params, tokens_BT, lengths_B, size: int) -> tuple[jax.Array, Cache]:
+        """Right-padded prompts -> (logits_BV of the token after each prompt, a cache of `size`)."""
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+        h_BTD, (k, v) = self._forward(params, tokens_BT, segments_BT, positions_BT, keep_kv=True)
+        last_BD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        head_VD = self.head_weight(params).astype(self.dtype)
+        return self._logits(last_BD, head_VD), cache_lib.from_prefill(
+            self.config, k, v, lengths_B, size
+        )
+
+    def decode_weights(self, params: Params) -> DecodeWeights:
+        module = nnx.merge(self._graph, params)
+        stacked = jax.vmap(lambda block: block.weights(self.dtype, self._fuse))(module.layers)
+        return DecodeWeights(
+            embedding=params["embedding"].astype(self.dtype),
+            layers=tuple(
+                jax.tree.map(lambda x: x[i], stacked) for i in range(self.config.num_layers)
+            ),
+            final_norm=params["final_norm"],
+            head_VD=self.head_weight(params).astype(self.dtype),
+        )
+
+    def decode(self, weights: DecodeWeights, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One more token a slot -> (logits_BV of the one after it, the cache with it)."""
+        c = self.config
+        cos, sin = rope_tables(cache.lengths_B[:, None], c.head_dim, c.rope_theta)
+        x_BTD = weights.embedding[tokens_B][:, None]
+        lengths_B = cache.lengths_B + 1
+        ks, vs = [], []
+        for w, k_BKSH, v_BKSH in zip(weights.layers, cache.k, cache.v, strict=True):
+            q, k, v = qkv(c, w, x_BTD, cos, sin)
+            ks.append(cache_lib.write_token(k_BKSH, k[:, 0], cache.lengths_B))
+            vs.append(cache_lib.write_token(v_BKSH, v[:, 0], cache.lengths_B))
+            out_BNH = decode_attention(q[:, 0], ks[-1], vs[-1], lengths_B)
+            x_BTD = finish_layer(c, w, x_BTD, out_BNH[:, None])
+        h_BD = rms_norm(x_BTD[:, 0], weights.final_norm, c.norm_eps)
+        return self._logits(h_BD, weights.head_VD), Cache(
+            k=tuple(ks), v=tuple(vs), lengths_B=lengths_B
+        )
+
+    def _logits(self, h_BD, head_VD):
+        logits_BV = jnp.einsum("BD,VD->BV", h_BD, head_VD, preferred_element_type=jnp.float32)
+        if self.valid_vocab is None:
+            return logits_BV
+        return jnp.where(jnp.arange(self.config.vocab_size) < self.valid_vocab, logits_BV, -jnp.inf)
+
+
+def _logical_axes(variable: nnx.Variable) -> tuple[str, ...]:
+    """The axes a weight was declared with; a stacked one has one dim more, in front."""
+    axes, ndim = tuple(variable.get_metadata("axes")), variable.get_value().ndim
+    return ("layer",) * (ndim - len(axes)) + axes

@@ -1,0 +1,75 @@
+"""The language-model head on the mesh: loss, log-probs and KL without logits_BTV.
+
+Each device runs the row-chunked kernel on its own rows, so no chunk ever spans devices; the
+vocabulary is split over the tensor axis and the kernel reduces over it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxreason.kernels import linear_xent as kernel
+from jaxreason.parallel import rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Functions of hidden_BTD and w_VD; `valid_vocab` masks the rows a tokenizer does not fill."""
+
+    mesh: Mesh | None
+    valid_vocab: int | None
+
+    @property
+    def _parallel(self) -> bool:
+        return self.mesh is not None and self.mesh.size > 1
+
+    @property
+    def _vocab_axis(self) -> str | None:
+        split = self._parallel and rules.axis_size(self.mesh, "vocab") > 1
+        return rules.RULES["vocab"] if split else None
+
+    def _on_mesh(self, fn, in_specs, out_specs):
+        if not self._parallel:
+            return fn
+        return jax.shard_map(
+            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def xent(self, h_BTD, w_VD, targets_BT, weights_BT, *, temperature=1.0, z_loss=0.0):
+        """(weighted sum of the loss, kernels.linear_xent.XentMetrics of weighted sums)."""
+        rows = PartitionSpec(rules.BATCH_AXES)
+        run = functools.partial(
+            kernel.linear_xent,
+            temperature=temperature,
+            z_loss=z_loss,
+            valid_vocab=self.valid_vocab,
+            axis_name=self._vocab_axis,
+        )
+
+        def local(h_BTD, w_VD, targets_BT, weights_BT):
+            D = h_BTD.shape[-1]
+            sums = run(h_BTD.reshape(-1, D), w_VD, targets_BT.reshape(-1), weights_BT.reshape(-1))
+            return jax.lax.psum(sums, rules.BATCH_AXES) if self._parallel else sums
+
+        in_specs = (rows, PartitionSpec(self._vocab_axis), rows, rows)
+        return self._on_mesh(local, in_specs, PartitionSpec())(h_BTD, w_VD, targets_BT, weights_BT)
+
+    def logprobs(self, h_BTD, w_VD, targets_BT, *, temperature=1.0):
+        """(logp_BT, entropy_BT, lse_BT) of the targets at this temperature."""
+        rows = PartitionSpec(rules.BATCH_AXES)
+
+        def local(h_BTD, w_VD, targets_BT):
+            out = kernel.linear_logprobs(
+                h_BTD.reshape(-1, h_BTD.shape[-1]),
+                w_VD,
+                targets_BT.reshape(-1),
+                temperature=temperature,
+                valid_vocab=self.valid_vocab,
+                axis_name=self._vocab_axis,
+            )
+            return tuple(x.reshape(targets_BT.shape) for x in out)
+
+        in_specs = (rows, PartitionSpec(self._vocab_axis), rows)
+        return self._on_mesh(local, in_specs, (rows, rows, rows))(h_BTD, w_VD, targets_BT)

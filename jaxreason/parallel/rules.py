@@ -1,0 +1,64 @@
+"""THE table: which mesh axis each logical axis of a weight or an activation is split over."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    # weights
+    "layer": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,  # scales are too small to be worth a gather
+    # activations' own width: whole on every device
+    "model": None,
+}
+
+BATCH_AXES: tuple[str, ...] = RULES["batch"]
+
+
+def axis_size(mesh: Mesh, logical: str) -> int:
+    """How many ways a logical axis is split on this mesh."""
+    axes = RULES[logical]
+    names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    size = 1
+    for name in names:
+        size *= mesh.shape[name]
+    return size
+
+
+def spec(logical_axes: Sequence[str]) -> PartitionSpec:
+    return PartitionSpec(*(RULES[axis] for axis in logical_axes))
+
+
+def sharding(
+    mesh: Mesh, name: str, shape: Sequence[int], logical_axes: Sequence[str]
+) -> NamedSharding:
+    """The sharding of one weight.
+
+    Raises ValueError naming the weight, the dim, the mesh axis and both numbers where a dim does
+    not divide.
+    """
+    for dim, (size, logical) in enumerate(zip(shape, logical_axes, strict=True)):
+        ways = axis_size(mesh, logical)
+        if size % ways:
+            raise ValueError(
+                f"weight {name}: dim {dim} ({logical}) = {size} is not a multiple of "
+                f"mesh axis {RULES[logical]} = {ways}"
+            )
+    return NamedSharding(mesh, spec(logical_axes))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str) -> jax.Array:
+    """Pin an activation's sharding; without a mesh, `x` itself."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(logical_axes)))

@@ -1,0 +1,99 @@
+"""THE train step: every objective, every recipe."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.train.optim import Schedule
+from jaxreason.train.state import shardings
+from jaxreason.types import Params, TrainState
+
+TrainStep = Callable[[TrainState, object, Params | None], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    model: LanguageModel,
+    objective,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    clip_norm: float = 0.0,
+    microbatches: int = 1,
+    num_shards: int = 1,
+) -> TrainStep:
+    """jitted `(state, batch, frozen) -> (state, metrics)`; the state is donated.
+
+    The loss of every term is its sum over the *global* batch divided by its weight over the global
+    batch, so neither microbatches nor devices change it. A step whose gradient or loss is not
+    finite changes nothing but the counters. `frozen` (a reference, a teacher) is never
+    differentiated.
+    """
+
+    def step_fn(state: TrainState, batch, frozen):
+        totals = jax.tree.map(lambda w: jnp.where(w > 0, w, 1.0), objective.weights(batch))
+        first = next(iter(totals))
+
+        def mean_loss(params, piece):
+            loss = objective.loss(model, params, frozen, piece)
+            terms = [c * s / totals[name] for name, (s, c) in loss.terms.items()]
+            means = jax.tree.map(lambda s: s / totals[first], loss.metrics)
+            return sum(terms), means
+
+        def accumulate(carry, piece):
+            (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, piece)
+            return jax.tree.map(jnp.add, carry, (loss, means, grads)), None
+
+        pieces = split_microbatches(batch, microbatches, num_shards)
+        if microbatches == 1:
+            only = jax.tree.map(lambda x: x[0], pieces)
+            (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, only)
+        else:
+            shapes = jax.eval_shape(mean_loss, state.params, jax.tree.map(lambda x: x[0], pieces))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes, state.params))
+            (loss, means, grads), _ = jax.lax.scan(accumulate, zeros, pieces)
+
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+        if clip_norm:
+            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        rate = schedule(state.step)
+        params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt=keep(opt, state.opt),
+            key=state.key,
+            nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
+        )
+        metrics = {
+            "loss": loss,
+            **means,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            "num_tokens": objective.weights(batch)[first],
+            "nonfinite": state.nonfinite,
+        }
+        return state, metrics
+
+    places = shardings(model, optimizer)
+    out = None if places is None else (places, None)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=out)
+
+
+def split_microbatches(batch, microbatches: int, num_shards: int):
+    """[rows, ...] -> [microbatches, rows / microbatches, ...], cut inside each logical shard's block.
+
+    So a device that holds whole shards keeps its rows in every microbatch.
+    """
+
+    def cut(x):
+        x = x.reshape(num_shards, microbatches, -1, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(microbatches, -1, *x.shape[3:])
+
+    return jax.tree.map(cut, batch)
