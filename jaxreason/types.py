@@ -78,9 +78,9 @@ class TrainState:
 class Loss:
     """What an objective returns for one microbatch.
 
-    `terms[name]` = (weighted sum over this microbatch, coefficient): the trainer divides each sum by
-    the term's weight over the *global* batch, then adds coefficient * mean. `metrics[name]` are sums
-    that the trainer divides by the weight of the objective's first term.
+    `terms[name]` = (weighted sum over this microbatch, coefficient): the trainer divides each sum
+    by the term's weight over the *global* batch, then adds coefficient * mean. `metrics[name]` are
+    sums that the trainer divides by the weight of the objective's first term.
     """
 
     terms: dict[str, tuple[jax.Array, float]]

@@ -55,9 +55,11 @@ def gpu_target(name: str) -> str:
     label = f"NVIDIA {name.upper()}"
     return f"""gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {chip.cores} fpus_per_core: 128
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 fpus_per_core: 128
+  core_count: {chip.cores}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {chip.l2_bytes} clock_rate_ghz: {chip.clock_ghz}
+  memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {chip.l2_bytes}
+  clock_rate_ghz: {chip.clock_ghz}
   device_memory_size: {chip.memory} shared_memory_per_block_optin: 232448
   cuda_compute_capability {{ major: {chip.capability} feature_extension: ACCELERATED_FEATURES }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536

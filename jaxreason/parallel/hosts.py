@@ -28,6 +28,6 @@ def check_rows(mesh: Mesh, rows: int, microbatches: int, num_shards: int) -> Non
     ways = rules.axis_size(mesh, "batch")
     if (rows // microbatches) % ways:
         raise ValueError(
-            f"data.rows / mesh.microbatches = {rows // microbatches} is not a multiple of mesh axes "
-            f"{' x '.join(rules.BATCH_AXES)} = {ways}"
+            f"data.rows / mesh.microbatches = {rows // microbatches} is not a multiple of "
+            f"mesh axes {' x '.join(rules.BATCH_AXES)} = {ways}"
         )

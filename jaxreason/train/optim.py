@@ -90,7 +90,7 @@ def make_optimizer(config: OptimizerConfig, axes: Params) -> optax.GradientTrans
         adam_b2=config.b2,
         adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=jax.tree.map(_muon_dims, axes, is_leaf=_is_axes),
-        # Update RMS of Adam's size, so that one learning rate serves both groups (arXiv 2502.16982).
+        # Updates of Adam's size, so that one learning rate serves both groups (arXiv 2502.16982).
         consistent_rms=0.2,
     )
 

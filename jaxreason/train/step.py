@@ -87,7 +87,7 @@ def make_train_step(
 
 
 def split_microbatches(batch, microbatches: int, num_shards: int):
-    """[rows, ...] -> [microbatches, rows / microbatches, ...], cut inside each logical shard's block.
+    """[rows, ...] -> [microbatches, rows / microbatches, ...], cut inside each shard's block.
 
     So a device that holds whole shards keeps its rows in every microbatch.
     """
