@@ -72,7 +72,7 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_descripti
 
 
 def absent_gpus(name: str, hosts: int = 1, gpus_per_host: int = 8) -> list:
-    """Devices of a GPU machine that is not here, to lower and compile for (needs the cuda extra)."""
+    """Devices of an absent GPU machine, to lower and compile for (needs the cuda extra)."""
     from jax.experimental import topologies  # imports the CUDA plugin: only when asked for
 
     topology = topologies.get_topology_desc(

@@ -1,0 +1,207 @@
+"""The loop for every recipe that does not sample from the model: pretraining, SFT, distillation."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import optax
+
+from jaxreason.checkpoint.store import Store
+from jaxreason.data.pipeline import Pipeline
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.parallel import hosts
+from jaxreason.train import state as state_lib
+from jaxreason.train.metrics import MetricsWriter, Progress, peak_memory_gib
+from jaxreason.train.optim import Schedule
+from jaxreason.train.step import TrainStep
+from jaxreason.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How long, how often, how patient. Saves and logs fall on steps, never on seconds."""
+
+    steps: int
+    log_every: int = 10
+    save_every: int = 100
+    validate_every: int = 0  # 0: only before the first step and after the last
+    max_nonfinite: int = 5  # consecutive skipped steps before the run stops
+    profile: tuple[int, ...] = ()  # (first, last) step to trace into the stage's folder
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "save_every", "max_nonfinite"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One stage of training, ready to run."""
+
+    stage: str
+    config: FitConfig
+    model: LanguageModel
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    train_step: TrainStep
+    pipeline: Pipeline
+    store: Store
+    writer: MetricsWriter
+    progress: Progress
+    validate: Callable[[Params], dict[str, float]] | None = None
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None  # of all devices together; None: no MFU is claimed
+    trace_dir: str = ""
+
+
+class NonFinite(RuntimeError):
+    """Too many consecutive steps had a non-finite loss or gradient."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM came, and the state is saved."""
+
+    def __init__(self):
+        super().__init__(143)
+
+
+def fit(job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen=None) -> TrainState:
+    """Train to `config.steps`, resuming from the store's newest checkpoint if it has one.
+
+    Args:
+      key: the stage's PRNG key.
+      params: makes the initial parameters (None: random); called only when nothing is to resume.
+    """
+    config = job.config
+
+    # --- state: the newest checkpoint, or a fresh one ---------------------------------------------
+    if job.store.latest() is None:
+        state, done = state_lib.create(job.model, job.optimizer, key, params()), 0
+    else:
+        abstract = state_lib.abstract(job.model, job.optimizer)
+        done, items = job.store.restore(abstract)
+        state = items["state"]
+        job.pipeline.set_state(items["data"])
+        job.progress.say(f"{job.stage}: resumed from step {done}")
+    job.writer.cut(job.stage, done)
+    report = _Reporter(job)
+    if done == 0:
+        report.validation(0, state)
+
+    # --- steps ------------------------------------------------------------------------------------
+    job.progress.start(job.stage, config.steps, done)
+    pending = None  # the step in flight: reported after the next is dispatched, never waited for
+    with _sigterm() as stopping:
+        while done < config.steps:
+            _trace(job, done)
+            began = time.perf_counter()
+            batch = next(job.pipeline)
+            waited = time.perf_counter() - began
+            if job.model.mesh is not None:
+                batch = hosts.to_global(job.model.mesh, batch)
+            state, metrics = job.train_step(state, batch, frozen)
+            done += 1
+            if pending is not None:
+                report.step(*pending)
+            pending = (done, metrics, waited)
+            last = done == config.steps
+            if last or stopping.is_set() or done % config.save_every == 0:
+                # The log is complete up to a step before that step can be resumed from.
+                report.step(*pending)
+                pending = None
+                if last or (config.validate_every and done % config.validate_every == 0):
+                    report.validation(done, state)
+                host = {"stage": job.stage, "step": done}
+                items = {"state": state, "data": job.pipeline.get_state(), "host": host}
+                job.store.save(done, items, wait=last or stopping.is_set())
+                if stopping.is_set() and not last:
+                    job.progress.say(f"{job.stage}: SIGTERM, saved step {done}")
+                    raise Terminated
+            elif config.validate_every and done % config.validate_every == 0:
+                report.validation(done, state)
+    job.progress.stop()
+    return state
+
+
+class _Reporter:
+    """Writes a step's metrics, and stops the run when too many steps in a row were skipped."""
+
+    def __init__(self, job: Fit):
+        self.job = job
+        self.clock, self.tokens, self.steps, self.waited = time.perf_counter(), 0.0, 0, 0.0
+        self.total_tokens = 0.0
+
+    def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        job = self.job
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.tokens += values["num_tokens"]
+        self.steps += 1
+        self.waited += waited
+        nonfinite = int(values.pop("nonfinite"))
+        if nonfinite:
+            job.progress.say(f"{job.stage}: step {step} skipped, its gradient is not finite")
+        if nonfinite >= job.config.max_nonfinite:
+            raise NonFinite(
+                f"stage {job.stage}: {nonfinite} consecutive steps up to step {step} had a "
+                f"non-finite loss or gradient; the last batch is the one before data state "
+                f"{job.pipeline.get_state()}"
+            )
+        if step % job.config.log_every and step != job.config.steps:
+            return
+        now = time.perf_counter()
+        seconds = max(now - self.clock, 1e-9)
+        rate = self.tokens / seconds
+        values["nonfinite"] = nonfinite
+        values["perf/tokens_per_sec"] = rate
+        values["perf/step_time"] = seconds / self.steps
+        values["perf/data_wait"] = self.waited / seconds
+        if job.peak_flops:
+            values["perf/mfu"] = rate * job.flops_per_token / job.peak_flops
+        memory = peak_memory_gib()
+        if memory is not None:
+            values["perf/peak_memory_gib"] = memory
+        job.writer.write(job.stage, step, values)
+        detail = f"loss {values['loss']:.4f}  {rate:,.0f} tokens/s"
+        if "perf/mfu" in values:
+            detail += f"  MFU {values['perf/mfu']:.1%}"
+        job.progress.update(step, detail)
+        self.clock, self.tokens, self.steps, self.waited = now, 0.0, 0, 0.0
+
+    def validation(self, step: int, state: TrainState) -> None:
+        job = self.job
+        if job.validate is None:
+            return
+        began = time.perf_counter()
+        values = job.validate(state.params)
+        # Validation has its own stage name: a (stage, step) pair appears once in metrics.jsonl.
+        job.writer.write(f"{job.stage}.validation", step, values)
+        job.progress.say(
+            f"{job.stage} {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        )
+        self.clock += time.perf_counter() - began
+
+
+def _trace(job: Fit, done: int) -> None:
+    """Profile the steps that `run.profile.steps` names."""
+    if job.config.profile and done == job.config.profile[0]:
+        jax.profiler.start_trace(job.trace_dir)
+    if job.config.profile and done == job.config.profile[-1]:
+        jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Within the loop SIGTERM only asks: the loop saves at the next step and leaves."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may install a handler; tests run fit elsewhere
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
