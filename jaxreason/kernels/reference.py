@@ -1,0 +1,139 @@
+"""Plain truth for every kernel of this shelf: float32 inside, whole score and logit arrays.
+
+Slow and large on purpose. Kernels are checked against these functions, values and gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason.types import AttentionMask
+
+
+def visible(mask: AttentionMask, q_len: int, kv_len: int) -> jax.Array:
+    """Which keys each query may read, bool [B or 1, T, S]."""
+    q_1T1, k_11S = jnp.arange(q_len)[None, :, None], jnp.arange(kv_len)[None, None, :]
+    if mask.q_offset_B is not None:
+        q_1T1 = q_1T1 + mask.q_offset_B[:, None, None]
+    see_BTS = jnp.ones((1, q_len, kv_len), bool)
+    if mask.causal:
+        see_BTS &= k_11S <= q_1T1
+    if mask.window is not None:
+        see_BTS &= k_11S > q_1T1 - mask.window
+    if mask.q_segments_BT is not None:
+        q_BT1, k_B1S = mask.q_segments_BT[:, :, None], mask.kv_segments_BS[:, None, :]
+        see_BTS &= (q_BT1 == k_B1S) & (q_BT1 != 0)
+    return see_BTS
+
+
+def attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention: (out_BTNH of q's dtype, lse_BTN float32 of the scaled, capped scores).
+
+    Query heads k*G, ..., k*G + G-1 read key/value head k. A query that may read nothing gives
+    zeros, lse -inf and zero gradients.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(jnp.float32))
+    s_BKGTS *= H**-0.5 if mask.scale is None else mask.scale
+    if mask.soft_cap is not None:
+        s_BKGTS = mask.soft_cap * jnp.tanh(s_BKGTS / mask.soft_cap)
+    see_B11TS = visible(mask, T, S)[:, None, None]
+    any_B11T = see_B11TS.any(-1)
+    # A row that reads nothing becomes a softmax over finite numbers, dropped below: no NaN in its
+    # value, hence none in its gradient.
+    s_BKGTS = jnp.where(see_B11TS, s_BKGTS, jnp.where(any_B11T[..., None], -jnp.inf, 0.0))
+    lse_BKGT = jax.nn.logsumexp(s_BKGTS, axis=-1)
+    p_BKGTS = jnp.where(see_B11TS, jnp.exp(s_BKGTS - lse_BKGT[..., None]), 0.0)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH.astype(jnp.float32))
+    lse_BKGT = jnp.where(any_B11T, lse_BKGT, -jnp.inf)
+    lse_BTN = jnp.moveaxis(lse_BKGT, -1, 1).reshape(B, T, N)
+    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BTN
+
+
+def decode_attention(
+    q_BNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """`attention` of one query at position lengths_B - 1 over a [B, K, S, H] cache: out_BNH."""
+    mask = AttentionMask(
+        q_offset_B=lengths_B - 1, causal=True, window=window, soft_cap=soft_cap, scale=scale
+    )
+    k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
+    return attention(q_BNH[:, None], k_BSKH, v_BSKH, mask)[0][:, 0]
+
+
+def log_probs(h_TD, w_VD, temperature: float, valid_vocab: int | None):
+    """(log-probs [T, valid_vocab or V], lse [T]) of a linear head."""
+    z_TV = h_TD.astype(jnp.float32) @ w_VD[:valid_vocab].astype(jnp.float32).T / temperature
+    lse_T = jax.nn.logsumexp(z_TV, axis=-1)
+    return z_TV - lse_T[:, None], lse_T
+
+
+def linear_logprobs(
+    h_TD: jax.Array,
+    w_VD: jax.Array,
+    targets_T: jax.Array,
+    *,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(log-prob of the target, entropy, lse), each float32 [T]."""
+    logp_TV, lse_T = log_probs(h_TD, w_VD, temperature, valid_vocab)
+    logp_T = jnp.take_along_axis(logp_TV, targets_T[:, None], 1)[:, 0]
+    return logp_T, -_expect(logp_TV, logp_TV), lse_T
+
+
+def linear_xent(
+    h_TD: jax.Array,
+    w_VD: jax.Array,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
+    *,
+    temperature: float = 1.0,
+    z_loss: float = 0.0,
+    valid_vocab: int | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """sum_t weights_t * (nll_t + z_loss * lse_t**2); weighted sums of nll, lse**2, entropy, hit."""
+    logp_TV, lse_T = log_probs(h_TD, w_VD, temperature, valid_vocab)
+    nll_T = -jnp.take_along_axis(logp_TV, targets_T[:, None], 1)[:, 0]
+    correct_T = logp_TV.argmax(-1) == targets_T
+    rows = (nll_T, lse_T**2, -_expect(logp_TV, logp_TV), correct_T)
+    sums = tuple(jnp.sum(weights_T * x_T) for x_T in rows)
+    return sums[0] + z_loss * sums[1], sums
+
+
+def linear_kl(
+    h_TD: jax.Array,
+    w_VD: jax.Array,
+    teacher_h_TE: jax.Array,
+    teacher_w_VE: jax.Array,
+    weights_T: jax.Array,
+    *,
+    temperature: float = 1.0,
+    beta: float = 0.0,
+    valid_vocab: int | None = None,
+) -> jax.Array:
+    """Weighted sum of KL(P||Q) (beta 0), KL(Q||P) (beta 1) or JSD_beta; P teacher, Q student."""
+    log_q_TV = log_probs(h_TD, w_VD, temperature, valid_vocab)[0]
+    log_p_TV = log_probs(teacher_h_TE, teacher_w_VE, temperature, valid_vocab)[0]
+    if beta == 0:
+        return jnp.sum(weights_T * _expect(log_p_TV, log_p_TV - log_q_TV))
+    if beta == 1:
+        return jnp.sum(weights_T * _expect(log_q_TV, log_q_TV - log_p_TV))
+    log_m_TV = jnp.log(beta * jnp.exp(log_p_TV) + (1 - beta) * jnp.exp(log_q_TV))
+    to_p_T = _expect(log_p_TV, log_p_TV - log_m_TV)
+    to_q_T = _expect(log_q_TV, log_q_TV - log_m_TV)
+    return jnp.sum(weights_T * (beta * to_p_T + (1 - beta) * to_q_T))
+
+
+def _expect(logp_TV, x_TV):
+    return jnp.sum(jnp.exp(logp_TV) * x_TV, -1)

@@ -1,0 +1,256 @@
+"""The head without logits equals the head with them: values, gradients, shards, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxreason.kernels import linear_xent, reference
+
+D, V = 24, 1000
+# float32 sums of up to 1000 terms of order 1: 1000 ** 0.5 * 6e-8 is 2e-6; 1e-5 leaves room.
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 64 rows, so that 150 rows are two whole chunks and a padded one."""
+    monkeypatch.setattr(linear_xent, "_CHUNK_BYTES", 0)
+
+
+def inputs(T=150, vocab=V, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 6)
+    h_TD = jax.random.normal(keys[0], (T, D), dtype)
+    w_VD = 0.5 * jax.random.normal(keys[1], (vocab, D), dtype)
+    targets_T = jax.random.randint(keys[2], (T,), 0, vocab - 100)
+    weights_T = jax.random.uniform(keys[3], (T,)) * (jnp.arange(T) % 5 > 0)
+    teacher_h_TE = jax.random.normal(keys[4], (T, D // 2), dtype)
+    teacher_w_VE = 0.5 * jax.random.normal(keys[5], (vocab, D // 2), dtype)
+    return h_TD, w_VD, targets_T, weights_T, teacher_h_TE, teacher_w_VE
+
+
+XENT = [{}, dict(temperature=0.6), dict(z_loss=1e-2), dict(valid_vocab=V - 100),
+        dict(temperature=0.6, z_loss=1e-2, valid_vocab=V - 100)]  # fmt: skip
+
+
+def xent_and_gradients(module, h, w, targets, weights, options):
+    def loss(h, w):
+        return module.linear_xent(h, w, targets, weights, **options)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(h, w)
+
+
+def assert_close(got, want, **tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or TOLERANCE)),
+        jax.tree.leaves(got), jax.tree.leaves(want),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", XENT)
+def test_xent_equals_reference(options):
+    args = inputs()[:4]
+    want = xent_and_gradients(reference, *args, options)
+    assert_close(xent_and_gradients(linear_xent, *args, options), want)
+    assert_close(jax.jit(lambda *a: linear_xent.linear_xent(*a, **options))(*args), want[0])
+
+
+def test_single_chunk_equals_many(monkeypatch):
+    args = inputs()[:4]
+    many = xent_and_gradients(linear_xent, *args, XENT[-1])
+    monkeypatch.setattr(linear_xent, "_CHUNK_BYTES", 1 << 30)
+    assert_close(xent_and_gradients(linear_xent, *args, XENT[-1]), many)
+
+
+def test_xent_bfloat16():
+    """bfloat16 inputs, float32 logits: the loss is exact to float32 rounding. Only dlogits (2**-9
+    relative) and dh (2**-9) are rounded: 1e-2 of the largest gradient bounds both."""
+    args = inputs(dtype=jnp.bfloat16)[:4]
+    (loss, _), grads = xent_and_gradients(linear_xent, *args, {})
+    (want, _), want_grads = xent_and_gradients(
+        reference, *(x.astype(jnp.float32) for x in args[:2]), *args[2:], {}
+    )
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    for got, true in zip(grads, want_grads):
+        assert got.dtype == jnp.bfloat16
+        assert jnp.abs(got.astype(jnp.float32) - true).max() < 1e-2 * jnp.abs(true).max()
+
+
+@pytest.mark.parametrize("junk", [-100, V, V - 1])
+def test_rows_of_weight_zero_change_nothing(junk):
+    """Appended rows of weight 0 with any target leave the loss, the sums and the gradients."""
+    options = dict(z_loss=1e-2, valid_vocab=V - 100)
+    h, w, targets, weights = inputs()[:4]
+    want, (dh, dw) = xent_and_gradients(linear_xent, h, w, targets, weights, options)
+    padded = (
+        jnp.pad(h, ((0, 70), (0, 0)), constant_values=3.0), w,
+        jnp.pad(targets, (0, 70), constant_values=junk), jnp.pad(weights, (0, 70)),
+    )  # fmt: skip
+    got, (dh_padded, dw_padded) = xent_and_gradients(linear_xent, *padded, options)
+    assert_close((got, dh_padded[:150], dw_padded), (want, dh, dw))
+    assert (dh_padded[150:] == 0).all()
+
+
+def logprob_loss(module, h, w, targets, options):
+    """Uses all three outputs, nonlinearly, so that each cotangent differs from row to row."""
+    logp, entropy, lse = module.linear_logprobs(h, w, targets, **options)
+    return jnp.sum(jnp.sin(logp) + entropy**2 / 10 + jnp.cos(lse)), (logp, entropy, lse)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(temperature=0.6, valid_vocab=V - 100)], ids=["plain", "all"]
+)
+def test_logprobs_equal_reference(options):
+    h, w, targets = inputs()[:3]
+
+    def run(module):
+        def loss(h, w):
+            return logprob_loss(module, h, w, targets, options)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(h, w)
+
+    assert_close(run(linear_xent), run(reference))
+
+
+def kl_and_gradients(module, args, options):
+    h, w, _, weights, teacher_h, teacher_w = args
+
+    def loss(h, w):
+        return module.linear_kl(h, w, teacher_h, teacher_w, weights, **options)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(h, w)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.6, valid_vocab=V - 100)])
+def test_kl_equals_reference(beta, options):
+    options = dict(beta=beta, **options)
+    want = kl_and_gradients(reference, inputs(), options)
+    assert_close(kl_and_gradients(linear_xent, inputs(), options), want)
+    h, w, _, weights, *teacher = inputs()
+    assert_close(linear_xent.linear_kl(h, w, *teacher, weights, **options), want[0])
+
+
+@pytest.mark.parametrize(
+    ("beta", "value"), [(0.0, 0.1838), (0.1, 0.0165), (0.5, 0.0462), (0.9, 0.0171), (1.0, 0.1920)]
+)
+def test_kl_golden_numbers(beta, value):
+    """P = [.7, .2, .1], Q = [.4, .4, .2]: the numbers of the GKD note, four digits."""
+    log_p, log_q = jnp.log(jnp.array([0.7, 0.2, 0.1])), jnp.log(jnp.array([0.4, 0.4, 0.2]))
+    one = jnp.ones((1, 1))
+    got = linear_xent.linear_kl(one, log_q[:, None], one, log_p[:, None], jnp.ones(1), beta=beta)
+    np.testing.assert_allclose(got, value, atol=5e-5)
+
+
+def test_masked_vocabulary_gets_exactly_no_gradient():
+    h, w, targets, weights, teacher_h, teacher_w = inputs()
+    valid = V - 100
+    (_, _), (_, dw) = xent_and_gradients(
+        linear_xent, h, w, targets, weights, dict(valid_vocab=valid, z_loss=0.1)
+    )
+    assert (dw[valid:] == 0).all() and (dw[:valid] != 0).any(-1).all()
+    dw = jax.grad(lambda w: logprob_loss(linear_xent, h, w, targets, dict(valid_vocab=valid))[0])(w)
+    assert (dw[valid:] == 0).all()
+    for beta in (0.0, 0.5, 1.0):
+        args = (h, w, targets, weights, teacher_h, teacher_w)
+        _, (_, dw) = kl_and_gradients(linear_xent, args, dict(valid_vocab=valid, beta=beta))
+        assert (dw[valid:] == 0).all()
+
+
+def all_losses(h, w, targets, weights, teacher_h, teacher_w, axis_name=None):
+    options = dict(temperature=0.7, valid_vocab=V - 100, axis_name=axis_name)
+    loss, metrics = linear_xent.linear_xent(h, w, targets, weights, z_loss=1e-2, **options)
+    per_row, _ = logprob_loss(linear_xent, h, w, targets, options)
+    kl = [
+        linear_xent.linear_kl(h, w, teacher_h, teacher_w, weights, beta=beta, **options)
+        for beta in (0.0, 0.3, 1.0)
+    ]
+    return loss + per_row + sum(kl), (metrics, per_row, *kl)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shards", "grad_inside"), [(2, 4, True), (2, 4, False), (1, 8, False)]
+)
+def test_vocabulary_shards_equal_one_device(batch, shards, grad_inside):
+    """Losses, metrics, dh (summed over vocabulary shards) and dw (summed over batch shards).
+
+    Each gradient is a sum over five losses, 4 or 8 shards and two orders of addition: 4e-5.
+    """
+    args = inputs(T=144)
+    mesh = jax.make_mesh(
+        (batch, shards), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    row, vocab = jax.P("data"), jax.P("tensor")
+
+    def local(*args):
+        loss, sums = all_losses(*args, axis_name="tensor")
+        return jax.lax.psum((loss, sums), "data")
+
+    def sharded(f, outs):
+        specs = (row, vocab, row, row, row, vocab)
+        return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs)
+
+    if grad_inside:
+        got_fn = sharded(
+            jax.value_and_grad(local, (0, 1), has_aux=True), ((jax.P(), jax.P()), (row, vocab))
+        )
+    else:
+        got_fn = jax.value_and_grad(sharded(local, jax.P()), (0, 1), has_aux=True)
+    want = jax.jit(jax.value_and_grad(all_losses, (0, 1), has_aux=True))(*args)
+    assert_close(jax.jit(got_fn)(*args), want, rtol=4e-5, atol=4e-5)
+
+
+def test_unchecked_shard_map_is_refused():
+    """Without check_vma the gradients of replicated arguments would silently miss a sum."""
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    loss = jax.shard_map(
+        lambda *args: linear_xent.linear_xent(*args, axis_name="tensor")[0],
+        mesh=mesh, in_specs=(jax.P(), jax.P("tensor"), jax.P(), jax.P()), out_specs=jax.P(),
+        check_vma=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="check_vma=True"):
+        loss(*inputs()[:4])
+
+
+def test_evaluation_computes_no_gradients():
+    """The undifferentiated loss has one matmul a chunk; the differentiated one has three."""
+    args = inputs()[:4]
+
+    def loss(*args):
+        return linear_xent.linear_xent(*args)[0]
+
+    assert str(jax.make_jaxpr(loss)(*args)).count("dot_general") == 1
+    assert str(jax.make_jaxpr(jax.grad(loss))(*args)).count("dot_general") == 3
+
+
+def test_memory_does_not_grow_with_rows_times_vocab(monkeypatch):
+    """From 4,096 to 16,384 rows at V = 32,768 logits grow by 1.6 GB; temporaries may grow by a few
+    arrays of h's size ([12288, 64] float32 is 3 MB) and of [T]."""
+    monkeypatch.undo()
+    vocab, dim = 32_768, 64
+
+    def compiled(rows):
+        h, w = (jax.ShapeDtypeStruct((n, dim), jnp.float32) for n in (rows, vocab))
+        targets, weights = (jax.ShapeDtypeStruct((rows,), t) for t in (jnp.int32, jnp.float32))
+
+        def xent(h, w, targets, weights):
+            return linear_xent.linear_xent(h, w, targets, weights)[0]
+
+        def logprobs(h, w, targets, _):
+            return logprob_loss(linear_xent, h, w, targets, {})[0]
+
+        def kl(h, w, _, weights):
+            return linear_xent.linear_kl(h, w, h, w, weights, beta=0.5)
+
+        return [
+            jax.jit(jax.value_and_grad(f, (0, 1)))
+            .lower(h, w, targets, weights)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+            for f in (xent, logprobs, kl)
+        ]
+
+    for small, large in zip(compiled(4096), compiled(16_384)):
+        assert large < 120e6
+        assert large - small < 4 * (16_384 - 4096) * (dim + 16) * 4
