@@ -307,7 +307,7 @@ def train_sentencepiece(
             eos_id=-1,
         )
     except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1]
+        reason = str(error).rsplit("] ", 1)[-1] or error
         raise ValueError(
             f"vocab_size is {vocab_size}, which these texts cannot train: {reason}"
         ) from error
