@@ -28,7 +28,8 @@ import numpy as np
 RENDERINGS = ("text", "answer", "short_cot", "long_cot")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _NODE_TRIES = 4  # redraws of a node's subtrees before its parent redraws
-_ITEM_TRIES = 10_000  # redraws of an item before the config is declared impossible
+_BUDGET = 20  # draws an operand or operation of an attempt; a typical item needs 2
+_ITEM_TRIES = 1_000  # attempts at an item before the config is declared impossible
 _WRONG_BY = (-10, -2, -1, 1, 2, 10)  # the slips of `long_cot`: a unit or two, a lost carry
 _VERSION = "1.0.0"
 
@@ -107,6 +108,18 @@ class _Goal(NamedTuple):
     modulus: int = 1
 
 
+@dataclasses.dataclass
+class _Draw:
+    """One attempt at an item: its randomness, its config, and how many subtrees it may still draw.
+
+    The budget makes an attempt that cannot succeed end: redraws at every level would multiply.
+    """
+
+    rng: random.Random
+    config: ArithmeticConfig
+    budget: int
+
+
 def generate(rng: random.Random, num_operations: int, config: ArithmeticConfig) -> Expression:
     """One expression of exactly `num_operations` operations.
 
@@ -115,7 +128,8 @@ def generate(rng: random.Random, num_operations: int, config: ArithmeticConfig) 
     """
     goal = _Goal(-config.cap, config.cap)
     for _ in range(_ITEM_TRIES):
-        tree = _build(rng, num_operations, goal, config)
+        draw = _Draw(rng, config, budget=_BUDGET * (2 * num_operations + 1))
+        tree = _build(draw, num_operations, goal)
         if tree is not None:
             return tree
     raise ValueError(
@@ -125,9 +139,7 @@ def generate(rng: random.Random, num_operations: int, config: ArithmeticConfig) 
     )
 
 
-def _build(
-    rng: random.Random, num_operations: int, goal: _Goal, config: ArithmeticConfig
-) -> Expression | None:
+def _build(draw: _Draw, num_operations: int, goal: _Goal) -> Expression | None:
     """A tree whose value meets the goal, or None when the draws led nowhere.
 
     The operator and the split are drawn first and kept over the redraws, so that no operator is
@@ -136,36 +148,40 @@ def _build(
     modulo the divisor, which a leaf can meet as long as the modulus is at most `max_operand`.
     """
     if num_operations == 0:
-        return _leaf(rng, goal, config.max_operand)
-    op = rng.choice(config.operators)
-    num_left = rng.randrange(num_operations)
+        return _leaf(draw, goal)
+    op = draw.rng.choice(draw.config.operators)
+    num_left = draw.rng.randrange(num_operations)
     num_right = num_operations - 1 - num_left
     for _ in range(_NODE_TRIES):
+        draw.budget -= 1
+        if draw.budget < 0:
+            return None
         if op == "/":
-            pair = _quotient(rng, num_left, num_right, goal, config)
+            pair = _quotient(draw, num_left, num_right, goal)
         else:
-            pair = _left_then_right(op, rng, num_left, num_right, goal, config)
+            pair = _left_then_right(op, draw, num_left, num_right, goal)
         if pair is not None:
             left, right = pair
             return Expression(_APPLY[op](left.value, right.value), op, left, right)
     return None
 
 
-def _leaf(rng: random.Random, goal: _Goal, max_operand: int) -> Expression | None:
+def _leaf(draw: _Draw, goal: _Goal) -> Expression | None:
     lowest = max(goal.lo, 1)
     first = lowest + (goal.residue - lowest) % goal.modulus
-    count = (min(goal.hi, max_operand) - first) // goal.modulus + 1
-    return Expression(first + goal.modulus * rng.randrange(count)) if count > 0 else None
+    count = (min(goal.hi, draw.config.max_operand) - first) // goal.modulus + 1
+    return Expression(first + goal.modulus * draw.rng.randrange(count)) if count > 0 else None
 
 
-def _left_then_right(op, rng, num_left, num_right, goal, config):
+def _left_then_right(
+    op: str, draw: _Draw, num_left: int, num_right: int, goal: _Goal
+) -> tuple[Expression, Expression] | None:
     """Both children of a sum, a difference or a product; None when no right child fits."""
-    window = _left_window(op, num_right, goal, config)
-    left = _build(rng, num_left, window, config)
+    left = _build(draw, num_left, _left_window(op, num_right, goal, draw.config))
     if left is None:
         return None
-    rest = _right_goal(op, left.value, goal, config.cap)
-    right = rest and _build(rng, num_right, rest, config)
+    rest = _right_goal(op, left.value, goal, draw.config.cap)
+    right = rest and _build(draw, num_right, rest)
     return right and (left, right)
 
 
@@ -202,26 +218,28 @@ def _right_goal(op: str, x: int, goal: _Goal, cap: int) -> _Goal | None:
     return _Goal(max(lo, -cap), min(hi, cap), residue, modulus)
 
 
-def _quotient(rng, num_left, num_right, goal, config):
+def _quotient(
+    draw: _Draw, num_left: int, num_right: int, goal: _Goal
+) -> tuple[Expression, Expression] | None:
     """Dividend and divisor of an exact division whose quotient meets the goal, or None."""
-    largest = config.max_operand // goal.modulus
+    largest = draw.config.max_operand // goal.modulus
     if largest < 2:
         return None  # only 1 would be left as the divisor
     if num_right:
-        right = _build(rng, num_right, _Goal(-largest, largest), config)
+        right = _build(draw, num_right, _Goal(-largest, largest))
     else:
-        right = Expression(_draw_divisor(rng, largest))
+        right = Expression(_draw_divisor(draw.rng, largest))
     if right is None or right.value == 0:
         return None
     ends = goal.lo * right.value, goal.hi * right.value
+    lo, hi = max(min(ends), -draw.config.cap), min(max(ends), draw.config.cap)
     modulus = goal.modulus * abs(right.value)
-    window = max(min(ends), -config.cap), min(max(ends), config.cap)
-    left = _build(rng, num_left, _Goal(*window, goal.residue * right.value, modulus), config)
+    left = _build(draw, num_left, _Goal(lo, hi, goal.residue * right.value, modulus))
     return left and (left, right)
 
 
 def _draw_divisor(rng: random.Random, largest: int) -> int:
-    """A divisor of 2 or more, as often as two uniform draws up to `largest` divide exactly by it."""
+    """A divisor of 2 or more, as often as an exact pair of uniform draws has it."""
     weights = _divisor_weights(largest)
     return 2 + bisect.bisect(weights, rng.randrange(weights[-1]))
 
@@ -379,8 +397,8 @@ def records(config: ArithmeticConfig) -> dict[str, list[dict[str, Any]] | Iterat
     """The records of both splits, in their order: {"test": a list, "train": an iterator}.
 
     The numbers of operations go round, one place further each round: every prefix of a split, and
-    every n-th record of it, has equal counts. Each item has its own generator, seeded by (seed, split, i). No test expression appears
-    twice or in train; train may repeat its own.
+    every n-th record of it, has equal counts. Item i of a split has its own generator, seeded by
+    (seed, split, i). No test expression appears twice or in train; train may repeat its own.
 
     Raises:
       ValueError: there are not `num_test` different expressions.
