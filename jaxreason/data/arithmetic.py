@@ -475,6 +475,9 @@ def _builder_class() -> type:
 
         name = "arithmetic"
         VERSION = tfds.core.Version(_VERSION)
+        # tfds 4.9.10 finds it through importlib_resources, which it does not install; nothing here
+        # needs the path (it leads to the checksums of downloads).
+        code_path = None
 
         def __init__(self, config: ArithmeticConfig, **kwargs):
             self._arithmetic = config
