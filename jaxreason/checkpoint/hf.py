@@ -24,7 +24,7 @@ from jaxreason.types import Params
 
 MAX_SHARD_BYTES = 5 * 10**9  # above it the export is split and indexed, as transformers does
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # what a plain checkpoint holds
+_FLOATS = ("F32", "BF16", "F16")  # what a plain checkpoint holds, in safetensors' names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,8 +389,14 @@ def _tensors(
     config: DecoderConfig, params: Params, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors in the table's order; one leaf of ours is on the host at a time."""
-    sizes = _sizes(config)
-    for row in _rows(config):
+    sizes, rows = _sizes(config), _rows(config)
+    got = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    expected = {row.path: row.shape_here(sizes) for row in rows}
+    assert got == expected, f"parameters {got} are not those of {config}: {expected}"
+    for row in rows:
         leaf = np.asarray(_get(params, row.path))
         names = row.names(config.num_layers)
         for name, layer in zip(names, leaf if row.stacked else (leaf,), strict=True):
@@ -398,39 +404,37 @@ def _tensors(
             yield name, np.ascontiguousarray(row.to_there(layer, sizes), dtype)
 
 
+def _shards(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Tensors in order, grouped up to MAX_SHARD_BYTES; a larger one is alone in its group."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
 def _write_weights(
     directory: pathlib.Path, config: DecoderConfig, params: Params, dtype: np.dtype
 ) -> None:
-    sizes = _sizes(config)
-    expected = {row.path: row.shape_here(sizes) for row in _rows(config)}
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    got = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in flat}
-    assert got == expected, f"parameters {got} are not those of {config}: {expected}"
-
-    shards: list[tuple[pathlib.Path, list[str]]] = []
-    pending: dict[str, np.ndarray] = {}
-
-    def flush() -> None:
-        path = directory / f"shard-{len(shards)}"  # the final name needs the number of shards
-        safetensors.numpy.save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-        pending.clear()
-
-    total = 0
-    for name, tensor in _tensors(config, params, dtype):
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > MAX_SHARD_BYTES:
-            flush()
-        pending[name] = tensor
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        shards[0][0].rename(directory / _SINGLE)
+    written: list[list[str]] = []  # the names in each file
+    for shard in _shards(_tensors(config, params, dtype)):
+        # The final file name holds the number of shards, known only at the end.
+        path = directory / f"shard-{len(written)}"
+        safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+        written.append(list(shard))
+    if len(written) == 1:
+        (directory / "shard-0").rename(directory / _SINGLE)
         return
     weight_map = {}
-    for i, (path, names) in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(directory / file)
+    for i, names in enumerate(written):
+        file = f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
+        (directory / f"shard-{i}").rename(directory / file)
         weight_map |= dict.fromkeys(names, file)
+    total = dtype.itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
     _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
