@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -129,7 +130,8 @@ def rms_norm(x, scale, eps):
 
 def rope_tables(positions_BT, head_dim, theta):
     """cos and sin [B, T, 1, H/2] of the rotary angles. Source: arXiv 2104.09864."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # In numpy's float64: XLA's float32 pow is a few ulp off, which grows with the position.
+    frequency = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -226,6 +228,19 @@ class LanguageModel:
             return rules.sharding(self.mesh, name, shape.shape, axes)
 
         return jax.tree_util.tree_map_with_path(of, self.shapes, self.axes)
+
+    def abstract(self) -> Params:
+        """Shapes with the sharding of each weight: what a restore is told to fill."""
+        if self.mesh is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            places = jax.tree.map(lambda _: device, self.shapes)
+        else:
+            places = self.shardings()
+        return jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            self.shapes,
+            places,
+        )
 
     @property
     def num_params(self) -> int:

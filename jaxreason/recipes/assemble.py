@@ -1,0 +1,155 @@
+"""From a configuration to the objects it describes. Configuration stops here."""
+
+import dataclasses
+import pathlib
+import zlib
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxreason.checkpoint import hf
+from jaxreason.data import sources
+from jaxreason.data.pipeline import DataConfig
+from jaxreason.model.config import DecoderConfig, preset
+from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.parallel.mesh import make_mesh
+from jaxreason.recipes.checkpoints import Checkpoint
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.text import chat
+from jaxreason.text.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+
+
+def stage_key(seed: int, name: str) -> jax.Array:
+    """A PRNG key of its own for every stage and every evaluation."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def architecture(config: ConfigDict, start: Checkpoint) -> DecoderConfig:
+    """The decoder's shape: the checkpoint's own where training starts from one, else config.model.
+
+    Raises ValueError for an unknown preset, and for a model key set against a checkpoint.
+    """
+    fields = config.model.to_dict()
+    name = fields.pop("preset")
+    changes = {key: value for key, value in fields.items() if value is not None}
+    if not start.has_architecture:
+        return preset(name, **changes)
+    if changes:
+        key, value = next(iter(changes.items()))
+        raise ValueError(
+            f"model.{key} is {value!r}, but the model's shape comes from init.from = {start.text!r}"
+        )
+    return start.architecture()
+
+
+def execution(mesh: ConfigDict) -> Execution:
+    """`auto` becomes float32 and unrolled layers on CPU, bfloat16 and scanned layers elsewhere."""
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(mesh.dtype, mesh.dtype)
+    if mesh.scan_layers not in ("auto", True, False):
+        raise ValueError(
+            f"mesh.scan_layers is {mesh.scan_layers!r}; it must be auto, True or False"
+        )
+    scan = not on_cpu if mesh.scan_layers == "auto" else mesh.scan_layers
+    return Execution(dtype=dtype, attention=mesh.attention, remat=mesh.remat, scan_layers=scan)
+
+
+def device_mesh(mesh: ConfigDict) -> Mesh | None:
+    """The mesh of all devices; None where there is one device only, and nothing to lay out."""
+    built = make_mesh(mesh.shape.to_dict())
+    return built if built.size > 1 else None
+
+
+def language_model(config: ConfigDict, shape: DecoderConfig, tokenizer: Tokenizer) -> LanguageModel:
+    return LanguageModel(
+        shape, execution(config.mesh), device_mesh(config.mesh), valid_vocab=tokenizer.vocab_size
+    )
+
+
+def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokenizer:
+    """The run's tokenizer, made once and kept in the workdir.
+
+    Raises ValueError for an unknown kind or a path that holds none.
+    """
+    spec = config.tokenizer
+    if (workdir.tokenizer / "tokenizer_config.json").exists():
+        return load_tokenizer(workdir.tokenizer)
+    partial = workdir.path / ".tokenizer.partial"
+    partial.mkdir(exist_ok=True)
+    if spec.kind == "bytes":
+        made = ByteTokenizer()
+    elif spec.kind == "hf":
+        made = load_tokenizer(_one_path(spec.path, "tokenizer.path"))
+    elif spec.kind == "checkpoint":
+        made = start.tokenizer()
+    elif spec.kind == "sentencepiece":
+        made = train_sentencepiece(
+            _training_texts(spec, workdir.data), partial / "sentencepiece.model", spec.vocab_size
+        )
+    else:
+        raise ValueError(
+            f"tokenizer.kind is {spec.kind!r}; it must be bytes, sentencepiece, hf or checkpoint"
+        )
+    made.save(partial, chat_template=chat_template(config, made).jinja)
+    partial.rename(workdir.tokenizer)
+    return made
+
+
+def _one_path(path: str, key: str) -> pathlib.Path:
+    """A folder given by the user: as written, or under the data root."""
+    for base in (pathlib.Path(), sources.data_root()):
+        if path and (base / path).is_dir():
+            return base / path
+    raise ValueError(f"{key} is {path!r}; no such folder, here or in {sources.data_root()}")
+
+
+def _training_texts(spec: ConfigDict, data_dir: pathlib.Path):
+    """Documents for the tokenizer, until `max_bytes` of them have been read."""
+    source = sources.JsonlSource(
+        spec.path, fields={spec.text_field: "string"}, data_dir=data_dir, key="tokenizer.path"
+    )
+    read = 0
+    for index in range(len(source)):
+        text = source[index][spec.text_field]
+        yield text
+        read += len(text.encode())
+        if read >= spec.max_bytes:
+            return
+
+
+def chat_template(config: ConfigDict, tokenizer: Tokenizer) -> chat.ChatTemplate:
+    return chat.template_for(config.chat.template, tokenizer)
+
+
+def data_config(config: ConfigDict, stage: ConfigDict) -> DataConfig:
+    """`stage.data` as the pipeline takes it; its own ValueErrors name the keys."""
+    fields = stage.data.to_dict()
+    return DataConfig(**fields, chat_template=config.chat.template, seed=config.seed)
+
+
+def from_section(cls, section: ConfigDict | dict):
+    """A frozen dataclass from a section of the configuration with the same field names."""
+    fields = section.to_dict() if isinstance(section, ConfigDict) else section
+    return cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
+
+
+def export(
+    config: ConfigDict, model: LanguageModel, params, tokenizer: Tokenizer, directory: pathlib.Path
+) -> None:
+    """hf/STAGE: weights, tokenizer and chat template for transformers and vLLM."""
+    template = chat_template(config, tokenizer)
+    hf.export_hf(
+        directory,
+        model.config,
+        params,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        save_tokenizer=lambda path: tokenizer.save(path, chat_template=template.jinja),
+        dtype=jax.numpy.dtype(config.run.export_dtype),
+    )

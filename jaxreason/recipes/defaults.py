@@ -1,0 +1,125 @@
+"""Every configuration key with its default. A file of configs/ starts here and says what differs."""
+
+import dataclasses
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxreason.data.arithmetic import ArithmeticConfig
+from jaxreason.data.sources import SourceConfig
+from jaxreason.model.config import DecoderConfig
+from jaxreason.train.optim import OptimizerConfig
+
+
+def default_config(name: str, recipe: str) -> ConfigDict:
+    """The keys that every recipe shares."""
+    return ConfigDict(
+        {
+            "name": name,  # the workdir is runs/NAME unless --workdir says otherwise
+            "recipe": recipe,
+            "seed": 0,
+            "tokenizer": {
+                "kind": "bytes",  # bytes | sentencepiece (trained on `path`) | hf (read from `path`)
+                # | checkpoint (that of init.from)
+                "path": "",
+                "text_field": "text",  # sentencepiece: the field of each JSONL record
+                "vocab_size": 8192,  # sentencepiece only
+                "max_bytes": 20_000_000,  # sentencepiece: of training text
+            },
+            "chat": {"template": "qwen3", "thinking": True},
+            "model": model_config(),
+            "mesh": {
+                "shape": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
+                "microbatches": 1,
+                "remat": "none",  # none | full
+                "attention": "auto",  # auto | blockwise | reference
+                "dtype": "auto",  # auto: float32 on CPU, bfloat16 on accelerators
+                "scan_layers": "auto",  # auto: unrolled on CPU, scanned on accelerators
+                "xla_options": {},
+            },
+            "run": {
+                "save_every": 200,
+                "keep": 2,
+                "max_nonfinite": 5,
+                "deterministic": False,
+                "compilation_cache": "~/.cache/jaxreason/xla",  # "": none
+                "profile": {"steps": ()},  # (first, last) step of each stage
+                "export": True,  # write hf/STAGE after each stage
+                "export_dtype": "float32",
+            },
+            "log": {"every": 20},
+            "eval": {"every": 0, "rows": 256, "sets": {}},
+        },
+    )
+
+
+def arithmetic_config(**fields) -> dict:
+    """`config.arithmetic`: the benchmark that the run generates into its data folder."""
+    return dataclasses.asdict(ArithmeticConfig(**fields))
+
+
+def model_config(preset: str = "qwen3-tiny", **changes) -> ConfigDict:
+    """`config.model`: a preset, and each field of DecoderConfig, None where the preset decides."""
+    model = ConfigDict({"preset": preset})
+    for field in dataclasses.fields(DecoderConfig):
+        model[field.name] = config_dict.placeholder(field.type)
+    model.update(changes)
+    return model
+
+
+def stage_config() -> dict:
+    """The keys of one training stage: at the top of a `fit` config, under `stages.NAME` otherwise."""
+    return {
+        "init": {"from": "random"},  # random | HF directory | WORKDIR@STAGE[@STEP] | @STAGE
+        "data": {
+            "sources": {},
+            "weights": {},
+            "num_shards": 1,
+            "rows": 32,
+            "length": 256,
+            "packing": "first_fit",
+            "examples_per_batch": config_dict.placeholder(int),
+            "truncation": "error",
+            "train_roles": ("assistant",),
+            "shuffle": True,
+        },
+        "train": {
+            "steps": 100,
+            "z_loss": 0.0,
+            "optimizer": dataclasses.asdict(OptimizerConfig()),
+        },
+    }
+
+
+def source(**fields) -> dict:
+    """One entry of `data.sources`, every field present so that each can be set by flag."""
+    return dataclasses.asdict(SourceConfig(**fields))
+
+
+def arithmetic_eval(**changes) -> dict:
+    """An entry of `eval.sets`: held-out expressions, sampled and graded."""
+    return {
+        "kind": "arithmetic",
+        "path": "arithmetic",
+        "prompt_template": "Compute the answer to this arithmetic expression: {expression}",
+        "limit": 400,
+        "num_samples": 8,
+        "max_tokens": 1024,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 0,
+        **changes,
+    }
+
+
+def jsonl_eval(path: str, **changes) -> dict:
+    """An entry of `eval.sets`: question and answer records, sampled and graded."""
+    fields = {"prompt_template": "{question}", "answer_field": "answer", "limit": 200}
+    return {**arithmetic_eval(), "kind": "jsonl", "path": path, **fields, **changes}
+
+
+def text_eval(path: str, **changes) -> dict:
+    """An entry of `eval.sets`: bits per byte of held-out text."""
+    return {
+        "kind": "text", "path": path, "text_field": "text", "limit": 100, "rows": 16, "length": 512,
+        **changes,
+    }  # fmt: skip

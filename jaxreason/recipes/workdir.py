@@ -1,0 +1,98 @@
+"""The folder of a run: its configuration and history, and which stages are done."""
+
+import importlib.metadata
+import json
+import pathlib
+import re
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxreason.report.summary import write_json
+
+# What may differ when a run resumes: how it is executed and watched, the mixture and the length.
+_CHANGEABLE = re.compile(
+    r"(mesh|run|log|eval)\..*|(stages\.\w+\.)?(data\.weights\..*|train\.steps)"
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Workdir:
+    """Paths of the contract, config.json and the done markers. Everything is written by rename."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = pathlib.Path(path)
+        self.data = self.path / "data"
+        self.tokenizer = self.path / "tokenizer"
+        self.config = self.path / "config.json"
+        self.samples = self.path / "samples.jsonl"
+
+    def checkpoints(self, stage: str) -> pathlib.Path:
+        return self.path / "checkpoints" / stage
+
+    def open(self, config: ConfigDict) -> None:
+        """Create the folder or resume it.
+
+        Raises ValueError when the path cannot be a folder, is another kind of folder, or was made
+        by a config that differs in a key that may not change (named with both values).
+        """
+        for parent in (self.path, *self.path.parents):
+            if parent.exists() and not parent.is_dir():
+                raise ValueError(f"--workdir={self.path}: {parent} is a file, not a folder")
+        new = json.loads(config.to_json())
+        if self.config.exists():
+            self._resume(json.loads(self.config.read_text()), new)
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(f"--workdir={self.path} holds files but no config.json of a run")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config, {"config": new, "history": [], **_environment()})
+
+    def describe(self, **facts) -> None:
+        """Add to config.json what is known once the model stands (parameters, mesh, devices)."""
+        content = json.loads(self.config.read_text())
+        write_json(self.config, {**content, **facts})
+
+    def marker(self, name: str) -> dict | None:
+        """What the done marker of a stage says; None when the stage is not done."""
+        path = self.path / "stages" / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def mark(self, name: str, content: dict) -> None:
+        (self.path / "stages").mkdir(exist_ok=True)
+        write_json(self.path / "stages" / f"{name}.json", content)
+
+    def _resume(self, content: dict, new: dict) -> None:
+        before, after = flatten(content["config"]), flatten(new)
+        changes = {}
+        for key in sorted(before.keys() | after.keys()):
+            old, now = before.get(key), after.get(key)
+            if old == now:
+                continue
+            if not _CHANGEABLE.fullmatch(key):
+                raise ValueError(
+                    f"--workdir={self.path} was made with {key} = {old!r}, and now it is {now!r}; "
+                    "use another workdir, or the old value"
+                )
+            changes[key] = [old, now]
+        if changes:
+            entry = {"time": round(time.time(), 3), "changes": changes}
+            content["history"].append(entry)
+            write_json(self.config, {**content, "config": new, **_environment()})
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty dict stays as a value."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _environment() -> dict:
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"packages": versions, "devices": [str(d) for d in jax.devices()]}
