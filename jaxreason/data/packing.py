@@ -36,10 +36,15 @@ class Example:
 
 
 class Stream(Protocol):
-    """The documents to pack, in order. `peek` is None at the end; the state is JSON."""
+    """The documents to pack, in order. `peek` is None at the end; the state is JSON.
+
+    A packer calls `renew` where it holds no part of what it took: from there on, and only there, a
+    resumed stream may choose its documents by other weights than the run that was interrupted.
+    """
 
     def peek(self) -> Example | None: ...
     def advance(self) -> None: ...
+    def renew(self) -> None: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
 
@@ -126,7 +131,12 @@ def fill_concat(stream: Stream, offset: int, num_rows: int, length: int) -> tupl
     pieces = []
     for row in range(num_rows):
         free = length
-        while free and (example := stream.peek()) is not None:
+        while free:
+            if offset == 0:
+                stream.renew()
+            example = stream.peek()
+            if example is None:
+                break
             stop = min(len(example.ids_T), offset + free)
             pieces.append(Piece(example, row, offset, stop))
             free -= stop - offset
@@ -170,6 +180,7 @@ class FirstFit:
         if self._given and self._given == len(self._window):
             self._window, self._given = [], 0
         if not self._window:
+            self._stream.renew()
             self._window_start = self._stream.get_state()
             self._window = self._read_window()
         if not self._window:
@@ -232,6 +243,7 @@ class PerBatch:
         Raises:
           ValueError: the documents need more rows than there are.
         """
+        self._stream.renew()
         examples = []
         while len(examples) < self._num_examples and (example := self._stream.peek()) is not None:
             examples.append(example)

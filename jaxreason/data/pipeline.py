@@ -186,7 +186,8 @@ class _Mixture:
     def __init__(self, datasets: Mapping[str, Any], weights: Mapping[str, float]):
         total = sum(weights.values())
         self._datasets = datasets  # name -> grain.MapDataset of Example
-        self._weights = {name: weights[name] / total for name in datasets}
+        self._wanted = {name: weights[name] / total for name in datasets}
+        self._weights = self._wanted  # in force
         self._next = dict.fromkeys(datasets, 0)
         self._drawn = dict.fromkeys(datasets, 0)  # since these weights are in force
         self._peeked: tuple[str, Example] | None = None
@@ -218,10 +219,16 @@ class _Mixture:
         return {"next": dict(self._next), "drawn": dict(self._drawn), "weights": self._weights}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._next = dict(state["next"])
-        same = state["weights"] == self._weights
-        self._drawn = dict(state["drawn"]) if same else dict.fromkeys(self._next, 0)
+        self._next, self._drawn = dict(state["next"]), dict(state["drawn"])
+        self._weights = state["weights"]
         self._peeked = None
+
+    def renew(self) -> None:
+        """Brings this run's weights into force, if the resumed state had others."""
+        if self._weights != self._wanted:
+            self._weights = self._wanted
+            self._drawn = dict.fromkeys(self._drawn, 0)
+            self._peeked = None
 
 
 def _mixture(

@@ -15,6 +15,7 @@ import pathlib
 import re
 import shutil
 import string
+import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -383,10 +384,13 @@ def _decompress(file: pathlib.Path, plain: pathlib.Path, key: str) -> None:
 
 def _write(path: pathlib.Path, fill: Callable[[BinaryIO], Any]) -> None:
     """Writes a file that appears complete or not at all, whoever else writes the same one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "wb") as out:
-        fill(out)
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # pids repeat between hosts
+    try:
+        with open(unfinished, "wb") as out:
+            fill(out)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _read_index(file: pathlib.Path, plain: pathlib.Path, fields: dict[str, str]) -> _Index:

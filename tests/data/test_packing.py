@@ -24,6 +24,9 @@ class ListStream:
     def advance(self):
         self.next += 1
 
+    def renew(self):
+        pass
+
     def get_state(self):
         return {"next": self.next}
 

@@ -213,6 +213,27 @@ def test_weights_may_change_between_runs_without_losing_a_record(folder):
     assert sorted(of_a) == list(range(400))  # 120 + 280: one epoch, nothing skipped or repeated
 
 
+@pytest.mark.parametrize("way", PACKINGS[:2], ids=lambda way: way["packing"])
+def test_weights_change_where_nothing_is_half_packed(folder, way, monkeypatch):
+    """A first-fit window and a document cut by concat are finished under the old weights."""
+    monkeypatch.setattr(packing, "OPEN_ROWS", 32)
+    shape = dict(num_shards=1, rows=4, length=45, **way)
+    for weights, count in itertools.product(({"a": 9, "b": 1}, {"a": 0, "b": 1}), range(1, 10)):
+        running = build(config_of(folder, "ab", **shape), TOKENIZER, folder)
+        batches = list(itertools.islice(running, count))
+        config = config_of(folder, "ab", weights=weights, **shape)
+        resumed = build(config, TOKENIZER, folder)
+        resumed.set_state(running.get_state())
+        running.close()
+        batches += itertools.islice(resumed, 10)
+        resumed.close()
+        # Whole documents only: `concat` cuts, and the text goes on in the next piece.
+        joined = "".join(texts(batches)).split("<")[1:-1]
+        seen = [int(text.split(">")[0]) for text in joined]
+        assert ["<" + text for text in joined] == [text_of(n) for n in seen]
+        assert len(set(seen)) == len(seen) > 50
+
+
 def test_epochs_end(folder):
     config = config_of(folder, "ab", weights={"a": 1, "b": 5})
     batches = take(config, folder, None, num_epochs=2)
