@@ -1,0 +1,69 @@
+"""summary.json, the machine-readable end of a run, and reading what a workdir has logged."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+
+def write_summary(
+    workdir: pathlib.Path,
+    status: str,
+    wall_seconds: float,
+    stages: dict[str, dict[str, Any]],
+    evals: dict[str, dict[str, dict[str, Any]]],
+    scaling: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Writes WORKDIR/summary.json whole or not at all, and returns what it holds.
+
+    Args:
+      stages: {stage: {"steps", "tokens", "final_loss", ...}}, in the order they ran.
+      evals: {stage: {set: metrics of evals/}}.
+      scaling: test-time scaling, [{"method", "n", "budget", "accuracy", "mean_tokens"}].
+
+    Numbers that are not finite are written as null: JSON has no others.
+    """
+    summary = _finite(
+        {
+            "status": status,
+            "wall_seconds": round(wall_seconds, 3),
+            "stages": stages,
+            "evals": evals,
+            "scaling": scaling,
+        }
+    )
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replaces a file by `text` in one rename, after the text is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of WORKDIR/metrics.jsonl, {"stage", "step", "time", ...}; [] without the file."""
+    return read_lines(workdir / "metrics.jsonl")
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """A file of one JSON object a line; a last line without its end was cut off and is dropped."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
