@@ -117,6 +117,8 @@ def _text(name: str, value: Any) -> str:
         return str(value)
     if name.startswith(_SHARES):
         return f"{value:.1%}"
+    if name.startswith("mean_"):
+        return f"{value:,.1f}"
     if float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.4f}"

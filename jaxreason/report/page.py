@@ -21,7 +21,8 @@ header + p { margin-top: 8px; }
 .card b { display: block; font-size: 32px; line-height: 1.25; letter-spacing: -.02em; }
 .card span { color: var(--soft); font-size: 14px; display: block; }
 .panel { padding: 16px 20px; margin: 0 0 16px; overflow-x: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 16px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr));
+        gap: 16px; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: 8px; }
 svg { width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: 15px;
@@ -74,7 +75,7 @@ TEMPLATE = """<!doctype html>
 <figcaption>{{ caption }}</figcaption>{{ svg }}</figure>
 {% endmacro %}
 {% for set in sets %}
-<h2>Accuracy on {{ set.name }}</h2>
+<h2>{{ "Accuracy" if set.cards else "Evaluation" }} on {{ set.name }}</h2>
 {% if set.cards %}
 <div class="cards">
 {% for card in set.cards %}

@@ -3,7 +3,6 @@
 import html.parser
 import json
 import math
-import re
 
 import pytest
 
@@ -80,8 +79,6 @@ def fill(workdir, stages=STAGES):
 class Page(html.parser.HTMLParser):
     """Counts elements and checks that they nest."""
 
-    VOID = frozenset({"meta", "path", "use", "rect", "circle", "stop"})
-
     def __init__(self, text):
         super().__init__()
         self.count, self.open, self.attributes = {}, [], []
@@ -91,7 +88,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.count[tag] = self.count.get(tag, 0) + 1
         self.attributes += [(tag, *attr) for attr in attrs]
-        if tag not in ("meta",):
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -138,10 +135,9 @@ def test_report_shows_everything_and_needs_no_network(tmp_path):
     assert page.count["details"] == 3 * (2 + 2) + 1
     assert page.count["tr"] == 3 * (1 + len(STAGES))
     assert "script" not in page.count and "link" not in page.count and "img" not in page.count
-    remote = [
-        a for a in page.attributes if str(a[2]).startswith(("http", "//")) and "xml" not in a[1]
-    ]
-    assert not remote and "@import" not in text and "url(http" not in text
+    remote = [a for a in page.attributes if str(a[2]).startswith(("http", "//"))]
+    assert all(name.startswith("xmlns") for _, name, _ in remote)
+    assert "@import" not in text and "url(http" not in text
     for shown in ("9 min 24 s", "done", "70.0%", "66.0 to 73.0", "bits per byte", "10,370,367"):
         assert shown in text, shown
     assert "812,345 parameters" in text and "config.name" in text
@@ -151,7 +147,7 @@ def test_report_shows_everything_and_needs_no_network(tmp_path):
 def test_report_escapes_what_a_model_or_a_config_says(tmp_path):
     text = write_report(fill(tmp_path, (HOSTILE, "b"))).read_text()
     page = Page(text)
-    assert "script" not in page.count and "b" not in [a[0] for a in page.attributes if a[1] == "on"]
+    assert "script" not in page.count and page.count["b"] == 2  # the cards' own
     assert "<script" not in text and "&lt;script&gt;" in text
 
 
@@ -190,4 +186,3 @@ def test_smoothing_keeps_a_line_and_leaves_out_what_is_not_finite():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
-    assert not re.search("  ", text)
