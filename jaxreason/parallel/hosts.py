@@ -18,14 +18,14 @@ def to_global(mesh: Mesh, tree):
     )
 
 
-def check_rows(mesh: Mesh, rows: int, microbatches: int, num_shards: int) -> None:
+def check_rows(mesh: Mesh | None, rows: int, microbatches: int, num_shards: int) -> None:
     """Raises ValueError, naming the keys and numbers, when a batch cannot be cut evenly."""
     if rows % (num_shards * microbatches):
         raise ValueError(
             f"data.rows = {rows} is not a multiple of data.num_shards * mesh.microbatches "
             f"= {num_shards} * {microbatches}"
         )
-    ways = rules.axis_size(mesh, "batch")
+    ways = rules.axis_size(mesh, "batch") if mesh is not None else 1
     if (rows // microbatches) % ways:
         raise ValueError(
             f"data.rows / mesh.microbatches = {rows // microbatches} is not a multiple of "

@@ -112,7 +112,7 @@ def _one_path(path: str, key: str) -> pathlib.Path:
 def _training_texts(spec: ConfigDict, data_dir: pathlib.Path):
     """Documents for the tokenizer, until `max_bytes` of them have been read."""
     source = sources.JsonlSource(
-        spec.path, fields={spec.text_field: "string"}, data_dir=data_dir, key="tokenizer.path"
+        spec.path, fields={spec.text_field: ""}, data_dir=data_dir, key="tokenizer.path"
     )
     read = 0
     for index in range(len(source)):

@@ -94,6 +94,6 @@ def parse(text: str) -> Checkpoint:
     stages = sorted(p.name for p in (directory / "checkpoints").glob("*"))
     if stage not in stages:
         raise ValueError(
-            f"init.from is {text!r}; the run at {directory} has stages {', '.join(stages) or 'none'}"
+            f"init.from is {text!r}; the stages of {directory}: {', '.join(stages) or 'none'}"
         )
     return Checkpoint(text, "run", directory, stage, number)

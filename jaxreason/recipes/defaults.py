@@ -1,4 +1,4 @@
-"""Every configuration key with its default. A file of configs/ starts here and says what differs."""
+"""Every configuration key with its default; a file of configs/ says what differs."""
 
 import dataclasses
 
@@ -18,8 +18,9 @@ def default_config(name: str, recipe: str) -> ConfigDict:
             "recipe": recipe,
             "seed": 0,
             "tokenizer": {
-                "kind": "bytes",  # bytes | sentencepiece (trained on `path`) | hf (read from `path`)
-                # | checkpoint (that of init.from)
+                # bytes | sentencepiece (trained on `path`) | hf (read from `path`) | checkpoint
+                # (that of init.from)
+                "kind": "bytes",
                 "path": "",
                 "text_field": "text",  # sentencepiece: the field of each JSONL record
                 "vocab_size": 8192,  # sentencepiece only
@@ -67,7 +68,7 @@ def model_config(preset: str = "qwen3-tiny", **changes) -> ConfigDict:
 
 
 def stage_config() -> dict:
-    """The keys of one training stage: at the top of a `fit` config, under `stages.NAME` otherwise."""
+    """The keys of one stage: at the top of a `fit` config, under `stages.NAME` otherwise."""
     return {
         "init": {"from": "random"},  # random | HF directory | WORKDIR@STAGE[@STEP] | @STAGE
         "data": {
@@ -120,6 +121,11 @@ def jsonl_eval(path: str, **changes) -> dict:
 def text_eval(path: str, **changes) -> dict:
     """An entry of `eval.sets`: bits per byte of held-out text."""
     return {
-        "kind": "text", "path": path, "text_field": "text", "limit": 100, "rows": 16, "length": 512,
+        "kind": "text",
+        "path": path,
+        "text_field": "text",
+        "max_batches": 32,
+        "rows": 16,
+        "length": 512,
         **changes,
-    }  # fmt: skip
+    }

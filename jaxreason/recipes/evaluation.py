@@ -1,0 +1,150 @@
+"""`config.eval`: the evaluation sets, built once and run on any parameters of the run's model."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxreason.data import sources
+from jaxreason.data.arithmetic import open_arithmetic
+from jaxreason.data.pipeline import DataConfig, evaluation_batches
+from jaxreason.evals import perplexity, suite
+from jaxreason.evals.accuracy import Problem
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.recipes import assemble
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.rewards import math
+from jaxreason.rollout.sample import build_generate
+from jaxreason.text import chat
+from jaxreason.text.tokenizer import Tokenizer
+from jaxreason.types import Batch, Params, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Sampled sets, and sets of held-out text."""
+
+    sampled: tuple[suite.EvalSet, ...]
+    texts: dict[str, Callable[[Params], dict[str, float]]]
+    generate: Callable
+    samples_path: object
+
+    def run(self, stage: str, params: Params, key: jax.Array) -> dict[str, dict]:
+        """All sets on these parameters; the samples replace the stage's lines of samples.jsonl."""
+        metrics, samples = suite.run(self.sampled, self.generate, params, key, _grade)
+        for name, score in self.texts.items():
+            metrics[name] = score(params)
+        self._keep_samples(stage, samples)
+        return metrics
+
+    def validate(self, params: Params) -> dict[str, float]:
+        """The text sets alone, named as in metrics.jsonl: cheap enough for a training loop."""
+        return {
+            f"eval/{name}/{metric}": value
+            for name, score in self.texts.items()
+            for metric, value in score(params).items()
+        }
+
+    def _keep_samples(self, stage: str, samples: list[dict]) -> None:
+        kept = []
+        if self.samples_path.exists():
+            lines = self.samples_path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["stage"] != stage]
+        new = [json.dumps({"stage": stage, **sample}) + "\n" for sample in samples]
+        partial = self.samples_path.with_suffix(".tmp")
+        partial.write_text("".join(kept + new))
+        partial.replace(self.samples_path)
+
+
+def _grade(text: str, answer: str) -> math.Grade:
+    return math.grade(text, answer, chat.split_reasoning)
+
+
+def build(
+    config: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, model: LanguageModel
+) -> Evaluation:
+    """Raises ValueError naming the set for a missing file, an unknown kind or a bad number."""
+    template = assemble.chat_template(config, tokenizer)
+
+    def encode(prompt: str) -> list[int]:
+        message = chat.Message("user", prompt)
+        return chat.encode_prompt(tokenizer, template, [message], config.chat.thinking)
+
+    sampled, texts = [], {}
+    for name, spec in config.eval.sets.items():
+        if spec.kind == "text":
+            texts[name] = _text_set(name, spec, workdir, tokenizer, model)
+        elif spec.kind in ("arithmetic", "jsonl"):
+            problems = _problems(name, spec, workdir)
+            ks = tuple(k for k in (1, 4) if k <= spec.num_samples)[-1:]
+            sampled.append(suite.EvalSet(name, problems, _sampling(spec), ks))
+        else:
+            raise ValueError(
+                f"eval.sets.{name}.kind is {spec.kind!r}; it must be arithmetic, jsonl or text"
+            )
+    generate = build_generate(
+        model, encode, tokenizer.decode, tokenizer.eos_id, rows=config.eval.rows
+    )
+    return Evaluation(tuple(sampled), texts, generate, workdir.samples)
+
+
+def _sampling(spec: ConfigDict) -> Sampling:
+    return Sampling(
+        max_tokens=spec.max_tokens,
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        num_samples=spec.num_samples,
+    )
+
+
+def _problems(name: str, spec: ConfigDict, workdir: Workdir) -> tuple[Problem, ...]:
+    if spec.kind == "arithmetic":
+        records = open_arithmetic(workdir.data / spec.path, "test")
+        answer = lambda record: record["answer"]
+        group = lambda record: str(record["num_operations"])
+    else:
+        records = sources.JsonlSource(
+            spec.path,
+            fields={spec.answer_field: ""},
+            data_dir=workdir.data,
+            key=f"eval.sets.{name}.path",
+        )
+        answer = lambda record: math.extract_answer(record[spec.answer_field])
+        group = lambda record: ""
+    rows = [records[i] for i in range(min(spec.limit or len(records), len(records)))]
+    problems = [
+        Problem(spec.prompt_template.format(**row), answer(row), group(row)) for row in rows
+    ]
+    unreadable = [i for i, problem in enumerate(problems) if problem.answer is None]
+    if unreadable:
+        raise ValueError(
+            f"eval.sets.{name}: record {unreadable[0]} has no answer in field {spec.answer_field!r}"
+        )
+    return tuple(problems)
+
+
+def _text_set(
+    name: str, spec: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, model: LanguageModel
+) -> Callable[[Params], dict[str, float]]:
+    data = DataConfig(
+        sources={name: {"kind": "jsonl", "path": spec.path, "text_field": spec.text_field}},
+        rows=spec.rows,
+        length=spec.length,
+        packing="concat",
+        shuffle=False,
+    )
+
+    @jax.jit
+    def nll(params: Params, batch: Batch):
+        h_BTD = model.hidden(params, batch.tokens_BT, batch.segments_BT, batch.positions_BT)
+        _, sums = model.xent(params, h_BTD, batch.targets_BT, batch.weights_BT)
+        return sums.nll, batch.weights_BT.sum()
+
+    def score(params: Params) -> dict[str, float]:
+        held_out = evaluation_batches(data, tokenizer, workdir.data, max_batches=spec.max_batches)
+        return perplexity.evaluate_text(nll, params, held_out.batches, held_out.num_bytes)
+
+    return score

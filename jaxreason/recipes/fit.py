@@ -1,0 +1,135 @@
+"""One stage of training: from its section of the configuration to a done marker."""
+
+import dataclasses
+import math
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxreason.checkpoint.store import Store
+from jaxreason.data import pipeline as pipeline_lib
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.objectives.lm import LanguageModeling
+from jaxreason.parallel import chips, cost, hosts
+from jaxreason.recipes import assemble, checkpoints
+from jaxreason.recipes.evaluation import Evaluation
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.text.tokenizer import Tokenizer
+from jaxreason.train import optim
+from jaxreason.train.fit import Fit, FitConfig, fit
+from jaxreason.train.metrics import MetricsWriter, Progress, read_records
+from jaxreason.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What can be checked of a stage before anything is built."""
+
+    name: str
+    section: ConfigDict  # its `init`, `data` and `train`
+    data: pipeline_lib.DataConfig
+    optimizer: optim.OptimizerConfig
+    fit: FitConfig
+    start: checkpoints.Checkpoint
+
+
+def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
+    """Raises ValueError, naming key, value and what would be right, for whatever cannot run."""
+    data = assemble.data_config(config, section)
+    optimizer = assemble.from_section(optim.OptimizerConfig, section.train.optimizer)
+    fit_config = FitConfig(
+        steps=section.train.steps,
+        log_every=config.log.every,
+        save_every=config.run.save_every,
+        validate_every=config.eval.every,
+        max_nonfinite=config.run.max_nonfinite,
+        profile=tuple(config.run.profile.steps),
+    )
+    optim.make_schedule(optimizer, fit_config.steps)
+    hosts.check_rows(
+        assemble.device_mesh(config.mesh), data.rows, config.mesh.microbatches, data.num_shards
+    )
+    start = checkpoints.parse(section.init["from"])
+    return Stage(name, section, data, optimizer, fit_config, start)
+
+
+def run_stage(
+    config: ConfigDict,
+    stage: Stage,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    workdir: Workdir,
+    writer: MetricsWriter,
+    progress: Progress,
+    evaluation: Evaluation,
+) -> None:
+    """Trains, resuming where it was, and leaves the stage's done marker."""
+    done = workdir.marker(stage.name)
+    if done and done["steps"] >= stage.fit.steps:
+        return
+    began = time.monotonic()
+    optimizer = optim.make_optimizer(stage.optimizer, model.axes)
+    schedule = optim.make_schedule(stage.optimizer, stage.fit.steps)
+    train_step = make_train_step(
+        model,
+        LanguageModeling(z_loss=stage.section.train.z_loss),
+        optimizer,
+        schedule,
+        clip_norm=stage.optimizer.clip_norm,
+        microbatches=config.mesh.microbatches,
+        num_shards=stage.data.num_shards,
+        xla_options=config.mesh.xla_options.to_dict(),
+    )
+    batches = pipeline_lib.build(stage.data, tokenizer, workdir.data)
+    with Store(workdir.checkpoints(stage.name), keep=config.run.keep) as store:
+        job = Fit(
+            stage=stage.name,
+            config=stage.fit,
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            train_step=train_step,
+            pipeline=batches,
+            store=store,
+            writer=writer,
+            progress=progress,
+            validate=evaluation.validate if evaluation.texts else None,
+            flops_per_token=flops_per_token(model, stage.data.length),
+            peak_flops=_peak_flops(),
+            trace_dir=str(workdir.path / "profile" / stage.name),
+        )
+        key = assemble.stage_key(config.seed, stage.name)
+        _, tokens = fit(job, key, lambda: stage.start.load(model, workdir.checkpoints))
+    stats = batches.stats
+    batches.close()
+    last = [r for r in read_records(workdir.path / "metrics.jsonl") if r["stage"] == stage.name][-1]
+    workdir.mark(
+        stage.name,
+        {
+            "steps": stage.fit.steps,
+            "tokens": int(tokens),
+            "final_loss": last["loss"],
+            "seconds": round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0),
+            "examples": stats.examples,
+            "quarantined": stats.quarantined,
+            "fill": round(stats.fill, 4),
+        },
+    )
+
+
+def flops_per_token(model: LanguageModel, length: int) -> float:
+    """Training FLOPs of a token in causal rows of this length."""
+    c = model.config
+    return cost.flops_per_token(
+        body_params=sum(math.prod(s.shape) for s in jax.tree.leaves(model.shapes["layers"])),
+        head_params=c.vocab_size * c.embed_dim,
+        num_layers=c.num_layers,
+        attention_dim=c.num_heads * c.head_dim,
+        length=length,
+    )
+
+
+def _peak_flops() -> float | None:
+    chip = chips.detect(jax.devices()[0])
+    return chip.flops * jax.device_count() if chip else None
