@@ -15,6 +15,7 @@ from jaxreason.evals.accuracy import Problem
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.recipes import assemble
 from jaxreason.recipes.workdir import Workdir
+from jaxreason.report.summary import read_lines, write_whole
 from jaxreason.rewards import math
 from jaxreason.rollout.sample import build_generate
 from jaxreason.text import chat
@@ -48,14 +49,9 @@ class Evaluation:
         }
 
     def _keep_samples(self, stage: str, samples: list[dict]) -> None:
-        kept = []
-        if self.samples_path.exists():
-            lines = self.samples_path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["stage"] != stage]
-        new = [json.dumps({"stage": stage, **sample}) + "\n" for sample in samples]
-        partial = self.samples_path.with_suffix(".tmp")
-        partial.write_text("".join(kept + new))
-        partial.replace(self.samples_path)
+        kept = [line for line in read_lines(self.samples_path) if line["stage"] != stage]
+        lines = kept + [{"stage": stage, **sample} for sample in samples]
+        write_whole(self.samples_path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _grade(text: str, answer: str) -> math.Grade:

@@ -15,10 +15,11 @@ from jaxreason.parallel import chips, cost, hosts
 from jaxreason.recipes import assemble, checkpoints
 from jaxreason.recipes.evaluation import Evaluation
 from jaxreason.recipes.workdir import Workdir
+from jaxreason.report.summary import read_metrics
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.fit import Fit, FitConfig, fit
-from jaxreason.train.metrics import MetricsWriter, Progress, read_records
+from jaxreason.train.metrics import MetricsWriter, Progress
 from jaxreason.train.step import make_train_step
 
 
@@ -103,7 +104,7 @@ def run_stage(
         _, tokens = fit(job, key, lambda: stage.start.load(model, workdir.checkpoints))
     stats = batches.stats
     batches.close()
-    last = [r for r in read_records(workdir.path / "metrics.jsonl") if r["stage"] == stage.name][-1]
+    last = [record for record in read_metrics(workdir.path) if record["stage"] == stage.name][-1]
     workdir.mark(
         stage.name,
         {

@@ -85,7 +85,7 @@ def describe(workdir: Workdir, model: LanguageModel, length: int) -> None:
     mesh = dict(model.mesh.shape) if model.mesh is not None else dict.fromkeys(AXES, 1)
     workdir.describe(
         architecture=dataclasses.asdict(model.config),
-        num_params=model.num_params,
+        parameters=model.num_params,
         flops_per_token=flops_per_token(model, length),
         mesh=mesh,
         execution=dataclasses.asdict(model.execution),

@@ -9,7 +9,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from jaxreason.report.summary import write_json
+from jaxreason.report.summary import write_whole
 
 # What may differ when a run resumes: how it is executed and watched, the mixture and the length.
 _CHANGEABLE = re.compile(
@@ -47,12 +47,12 @@ class Workdir:
         if self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"--workdir={self.path} holds files but no config.json of a run")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.config, {"config": new, "history": [], **_environment()})
+        _write(self.config, {"config": new, "history": [], **_environment()})
 
     def describe(self, **facts) -> None:
         """Add to config.json what is known once the model stands (parameters, mesh, devices)."""
         content = json.loads(self.config.read_text())
-        write_json(self.config, {**content, **facts})
+        _write(self.config, {**content, **facts})
 
     def marker(self, name: str) -> dict | None:
         """What the done marker of a stage says; None when the stage is not done."""
@@ -61,7 +61,7 @@ class Workdir:
 
     def mark(self, name: str, content: dict) -> None:
         (self.path / "stages").mkdir(exist_ok=True)
-        write_json(self.path / "stages" / f"{name}.json", content)
+        _write(self.path / "stages" / f"{name}.json", content)
 
     def _resume(self, content: dict, new: dict) -> None:
         before, after = flatten(content["config"]), flatten(new)
@@ -79,7 +79,7 @@ class Workdir:
         if changes:
             entry = {"time": round(time.time(), 3), "changes": changes}
             content["history"].append(entry)
-            write_json(self.config, {**content, "config": new, **_environment()})
+            _write(self.config, {**content, "config": new, **_environment()})
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -91,6 +91,10 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _write(path: pathlib.Path, content: dict) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _environment() -> dict:

@@ -69,8 +69,12 @@ class Terminated(SystemExit):
         super().__init__(143)
 
 
-def fit(job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen=None) -> TrainState:
+def fit(
+    job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen: Params | None = None
+) -> tuple[TrainState, float]:
     """Train to `config.steps`, resuming from the store's newest checkpoint if it has one.
+
+    Returns the final state and the number of target tokens learnt over the whole stage.
 
     Args:
       key: the stage's PRNG key.
@@ -80,7 +84,8 @@ def fit(job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen=No
 
     # --- state: the newest checkpoint, or a fresh one ---------------------------------------------
     if job.store.latest() is None:
-        state, done = state_lib.create(job.model, job.optimizer, key, params()), 0
+        state = state_lib.create(job.model, job.optimizer, key, params())
+        done, items = 0, {}
     else:
         abstract = state_lib.abstract(job.model, job.optimizer)
         done, items = job.store.restore(abstract)
@@ -88,7 +93,8 @@ def fit(job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen=No
         job.pipeline.set_state(items["data"])
         job.progress.say(f"{job.stage}: resumed from step {done}")
     job.writer.cut(job.stage, done)
-    report = _Reporter(job)
+    job.writer.cut(_validation(job.stage), done if done else -1)
+    report = _Reporter(job, items["host"]["tokens"] if done else 0.0)
     if done == 0:
         report.validation(0, state)
 
@@ -115,7 +121,7 @@ def fit(job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen=No
                 pending = None
                 if last or (config.validate_every and done % config.validate_every == 0):
                     report.validation(done, state)
-                host = {"stage": job.stage, "step": done}
+                host = {"stage": job.stage, "step": done, "tokens": report.total_tokens}
                 items = {"state": state, "data": job.pipeline.get_state(), "host": host}
                 job.store.save(done, items, wait=last or stopping.is_set())
                 if stopping.is_set() and not last:
@@ -124,21 +130,26 @@ def fit(job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen=No
             elif config.validate_every and done % config.validate_every == 0:
                 report.validation(done, state)
     job.progress.stop()
-    return state
+    return state, report.total_tokens
+
+
+def _validation(stage: str) -> str:
+    """Validation has a stage name of its own: a (stage, step) pair is logged once."""
+    return f"{stage}.validation"
 
 
 class _Reporter:
     """Writes a step's metrics, and stops the run when too many steps in a row were skipped."""
 
-    def __init__(self, job: Fit):
-        self.job = job
+    def __init__(self, job: Fit, total_tokens: float):
+        self.job, self.total_tokens = job, total_tokens
         self.clock, self.tokens, self.steps, self.waited = time.perf_counter(), 0.0, 0, 0.0
-        self.total_tokens = 0.0
 
     def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
         job = self.job
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += values["num_tokens"]
+        self.total_tokens += values["num_tokens"]
         self.steps += 1
         self.waited += waited
         nonfinite = int(values.pop("nonfinite"))
@@ -177,8 +188,7 @@ class _Reporter:
             return
         began = time.perf_counter()
         values = job.validate(state.params)
-        # Validation has its own stage name: a (stage, step) pair appears once in metrics.jsonl.
-        job.writer.write(f"{job.stage}.validation", step, values)
+        job.writer.write(_validation(job.stage), step, values)
         job.progress.say(
             f"{job.stage} {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
         )

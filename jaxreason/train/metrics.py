@@ -9,6 +9,8 @@ import jax
 import rich.console
 import rich.progress
 
+from jaxreason.report.summary import read_lines, write_whole
+
 
 class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and mirrors it under WORKDIR/tensorboard/.
@@ -43,10 +45,8 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter  # 2 s of imports: not for a run that fails at once
 
         self.close()
-        records = [record for record in read_records(self._path) if keep(record)]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        temporary.replace(self._path)
+        records = [record for record in read_lines(self._path) if keep(record)]
+        write_whole(self._path, "".join(json.dumps(record) + "\n" for record in records))
         shutil.rmtree(self._events, ignore_errors=True)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(self._events), write_to_disk=True)
@@ -58,14 +58,6 @@ class MetricsWriter:
             if name not in ("stage", "step", "time"):
                 tag = f"{record['stage']}/{name}"
                 self._board.add_scalar(tag, value, record["step"], walltime=record["time"])
-
-
-def read_records(path: pathlib.Path) -> list[dict]:
-    """The lines of a metrics file. A killed process may leave its last line unfinished: dropped."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 class Progress:

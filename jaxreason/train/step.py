@@ -23,6 +23,7 @@ def make_train_step(
     clip_norm: float = 0.0,
     microbatches: int = 1,
     num_shards: int = 1,
+    xla_options: dict[str, object] | None = None,
 ) -> TrainStep:
     """jitted `(state, batch, frozen) -> (state, metrics)`; the state is donated.
 
@@ -83,7 +84,9 @@ def make_train_step(
 
     places = shardings(model, optimizer)
     out = None if places is None else (places, None)
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=out)
+    return jax.jit(
+        step_fn, donate_argnums=0, out_shardings=out, compiler_options=xla_options or None
+    )
 
 
 def split_microbatches(batch, microbatches: int, num_shards: int):
