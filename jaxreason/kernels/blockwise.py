@@ -1,24 +1,27 @@
-"""Attention in XLA by blocks: any platform, memory O(T * block), log-sum-exp out, honours any mask.
+"""Attention in XLA by blocks of queries: any platform, log-sum-exp out, honours any mask.
 
-A block of queries meets its keys a block at a time; partial softmaxes are merged (Rabe & Staats,
-arXiv 2112.05682). Which keys a block of queries can reach is known when tracing (unless the queries
-have a traced offset), so what is causally hidden or beyond the window is never computed: with short
-blocks a causal row costs little over half of the full square, on CPU too. The backward pass
-recomputes the scores of each block from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691).
+A block of queries meets all the keys it can reach at once, so the largest array is
+[B, N, block_q, S]: memory O(S * block_q). The blocks of a band run one after the other in a scan
+over a common range of keys; which range is known when tracing (unless the queries have a traced
+offset), so most of what is causally hidden or beyond the window is never computed. The backward
+pass recomputes a block's scores from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691).
 
-Arrays are moved to [B, K, G, T, H] once, not at every block's matmul.
+Queries are moved to [C, B, K, G, T, H] once (C blocks of T), not at every block's matmul.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxreason.kernels.manual_axes import vary, varying_axes
 from jaxreason.types import AttentionMask
 
 _HIDDEN = -1e30  # score of a key that may not be read
 _FLOOR = -1e20  # least row maximum: exp(_HIDDEN - _FLOOR) is exactly 0, even if no key is visible
+_MAX_BANDS = 8  # each is compiled; 8 compute 9/16 of a causal square, infinitely many 1/2
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -29,187 +32,194 @@ def attention(
     v_BSKH: jax.Array,
     mask: AttentionMask,
     *,
-    block_q: int | None = None,
-    block_k: int = 2048,
+    block_q: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention: (out_BTNH of q's dtype, lse_BTN float32), as `reference.attention`.
 
     Both outputs are differentiable in q, k and v. Matmul operands keep their dtype; scores, softmax
-    and sums are float32. T and S need not be multiples of the blocks.
-
-    `block_q` None: T / 16 within 64 and 1024. 64 rows are fastest on CPU (64 to 128 at T = 2048), and
-    the traced program grows with T / block_q * S / block_k.
+    and sums are float32. T need not be a multiple of block_q.
     """
-    if block_q is None:
-        block_q = min(max(64, -(-q_BTNH.shape[1] // 16)), 1024)
-    return _attention(block_q, block_k, q_BTNH, k_BSKH, v_BSKH, mask)
+    axes = varying_axes(q_BTNH, k_BSKH, v_BSKH, mask)
+    qkv = (vary(x, axes) for x in (q_BTNH, k_BSKH, v_BSKH))
+    return _attention(min(block_q, q_BTNH.shape[1]), *qkv, mask)
 
 
-class _Tile(NamedTuple):
-    """Queries [t0, t1) against keys [s0, s1)."""
+class _Band(NamedTuple):
+    """Blocks [c0, c1) of queries against keys [s0, s1)."""
 
-    t0: int
-    t1: int
+    c0: int
+    c1: int
     s0: int
     s1: int
 
 
-def _tiles(mask: AttentionMask, q_len, kv_len, block_q, block_k) -> list[list[_Tile]]:
-    """For each block of queries, the tiles that hold a key it may reach; at least one."""
-    rows = []
-    for t0 in range(0, q_len, block_q):
-        t1 = min(t0 + block_q, q_len)
-        first, end = 0, kv_len
-        if mask.q_offset_B is None:
-            if mask.window is not None:
-                first = max(0, t0 - mask.window + 1)
-            if mask.causal:
-                end = min(kv_len, t1)
-        first = min(first, end - 1)  # all keys out of reach: one hidden key says so
-        starts = range(first, end, block_k)
-        rows.append([_Tile(t0, t1, s0, min(s0 + block_k, end)) for s0 in starts])
-    return rows
+def _bands(mask: AttentionMask, num_blocks: int, block_q: int, kv_len: int) -> list[_Band]:
+    """Cuts the blocks of queries where the range of keys within their reach changes enough."""
+    if mask.q_offset_B is not None or not (mask.causal or mask.window):
+        return [_Band(0, num_blocks, 0, kv_len)]
+    step = -(-num_blocks // _MAX_BANDS)
+    bands = []
+    for c0 in range(0, num_blocks, step):
+        c1 = min(c0 + step, num_blocks)
+        s0 = 0 if mask.window is None else max(0, c0 * block_q - mask.window + 1)
+        s1 = min(kv_len, c1 * block_q) if mask.causal else kv_len
+        bands.append(_Band(c0, c1, min(s0, s1 - 1), s1))  # out of reach of all: one hidden key
+    return bands
 
 
-def _visible(mask: AttentionMask, tile: _Tile):
-    """bool [B or 1, 1, 1, t, s], or None where every query of the tile reads every key."""
-    t0, t1, s0, s1 = tile
-    q_1T1, k_11S = jnp.arange(t0, t1)[None, :, None], jnp.arange(s0, s1)[None, None, :]
+def _over_blocks(block: Callable[..., tuple[Any, Any]], band: _Band, rows, zeros):
+    """Runs `part, out = block(slices of rows)` for each block of a band; sums part, stacks out."""
+    if band.c1 - band.c0 == 1:
+        part, out = block(jax.tree.map(lambda x: x[band.c0], rows))
+        return part, jax.tree.map(lambda x: x[None], out)
+
+    def body(total, slices):
+        part, out = block(slices)
+        return jax.tree.map(jnp.add, total, part), out
+
+    return jax.lax.scan(body, zeros, jax.tree.map(lambda x: x[band.c0 : band.c1], rows))
+
+
+def _split(x_BT, block_q: int):
+    """[B, T, ...] -> [C, B, block_q, ...], padded with zeros."""
+    B, T, *rest = x_BT.shape
+    num_blocks = -(-T // block_q)
+    pad = [(0, 0), (0, num_blocks * block_q - T)] + [(0, 0)] * len(rest)
+    return jnp.moveaxis(jnp.pad(x_BT, pad).reshape(B, num_blocks, block_q, *rest), 1, 0)
+
+
+def _split_heads(x_BTN, block_q: int, num_kv_heads: int):
+    """[B, T, N, ...] -> [C, B, K, G, block_q, ...]."""
+    x_CBTN = _split(x_BTN, block_q)
+    C, B, T, N, *rest = x_CBTN.shape
+    return jnp.moveaxis(x_CBTN.reshape(C, B, T, num_kv_heads, N // num_kv_heads, *rest), 2, 4)
+
+
+def _join_heads(x_CBKGT, length: int):
+    """[C, B, K, G, block_q, ...] -> [B, T, N, ...] without the padding."""
+    x_BCTKG = jnp.moveaxis(x_CBKGT, (0, 4), (1, 2))
+    B, C, T, K, G, *rest = x_BCTKG.shape
+    return x_BCTKG.reshape(B, C * T, K * G, *rest)[:, :length]
+
+
+class _Queries(NamedTuple):
+    """Blocks of queries; inside a scan, one of them without the leading C."""
+
+    q_CBKGTH: jax.Array
+    index_CBT: jax.Array  # among the keys; B may be 1
+    segments_CBT: jax.Array | None
+
+
+def _queries(mask: AttentionMask, block_q, q_BTNH, num_kv_heads) -> _Queries:
+    index_BT = jnp.arange(q_BTNH.shape[1])[None]
     if mask.q_offset_B is not None:
-        q_1T1 = q_1T1 + mask.q_offset_B[:, None, None]
-    conditions = []
-    if mask.causal:
-        conditions.append(k_11S <= q_1T1)
-    if mask.window is not None:
-        conditions.append(k_11S > q_1T1 - mask.window)
-    if mask.q_segments_BT is not None:
-        q_BT1, k_B1S = mask.q_segments_BT[:, t0:t1, None], mask.kv_segments_BS[:, None, s0:s1]
-        conditions += [q_BT1 == k_B1S, q_BT1 != 0]
-    if not conditions:
-        return None
-    return functools.reduce(jnp.logical_and, conditions)[:, None, None]
+        index_BT = index_BT + mask.q_offset_B[:, None]
+    segments_CBT = None if mask.q_segments_BT is None else _split(mask.q_segments_BT, block_q)
+    q_CBKGTH = _split_heads(q_BTNH, block_q, num_kv_heads)
+    return _Queries(q_CBKGTH, _split(index_BT, block_q), segments_CBT)
 
 
-def _scores(mask: AttentionMask, tile: _Tile, q_BKGTH, k_BKSH):
-    """Scaled, capped, masked float32 scores of a tile [B, K, G, t, s], and d score / d (q.k)."""
-    t0, t1, s0, s1 = tile
-    slope = _scale(mask, q_BKGTH)
-    s_BKGTS = slope * _dot("BKGTH,BKSH->BKGTS", q_BKGTH[:, :, :, t0:t1], k_BKSH[:, :, s0:s1])
+def _scores(mask: AttentionMask, band: _Band, queries: _Queries, k_BKSH):
+    """float32 scores [B, K, G, T, S] of a block over a band's keys, and d score / d (q.k)."""
+    q_BKGTH, index_BT, segments_BT = queries
+    slope = q_BKGTH.shape[-1] ** -0.5 if mask.scale is None else mask.scale
+    s_BKGTS = slope * _dot("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     if mask.soft_cap is not None:
         tanh_BKGTS = jnp.tanh(s_BKGTS / mask.soft_cap)
         s_BKGTS, slope = mask.soft_cap * tanh_BKGTS, slope * (1 - tanh_BKGTS**2)
-    see_B11TS = _visible(mask, tile)
-    if see_B11TS is not None:
+    q_BT1, k_11S = index_BT[:, :, None], jnp.arange(band.s0, band.s1)[None, None, :]
+    conditions = []
+    if mask.causal:
+        conditions.append(k_11S <= q_BT1)
+    if mask.window is not None:
+        conditions.append(k_11S > q_BT1 - mask.window)
+    if segments_BT is not None:
+        kv_segments_B1S = mask.kv_segments_BS[:, None, band.s0 : band.s1]
+        conditions += [segments_BT[:, :, None] == kv_segments_B1S, kv_segments_B1S != 0]
+    if conditions:
+        see_B11TS = functools.reduce(jnp.logical_and, conditions)[:, None, None]
         s_BKGTS = jnp.where(see_B11TS, s_BKGTS, _HIDDEN)
     return s_BKGTS, slope
 
 
-def _scale(mask: AttentionMask, q) -> float:
-    return q.shape[-1] ** -0.5 if mask.scale is None else mask.scale
-
-
-def _heads_first(x_BTNH, num_kv_heads):
-    """[B, T, N, H] -> [B, K, G, T, H]."""
-    B, T, N, H = x_BTNH.shape
-    return x_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H).transpose(0, 2, 3, 1, 4)
-
-
-def _heads_last(x_BKGTH):
-    """[B, K, G, T, ...] -> [B, T, N, ...]."""
-    x_BTKGH = jnp.moveaxis(x_BKGTH, 3, 1)
-    B, T, K, G, *rest = x_BTKGH.shape
-    return x_BTKGH.reshape(B, T, K * G, *rest)
-
-
-class _Partial(NamedTuple):
-    """Softmax over some of a row's keys: sum of exp(score - top) * v, that of exp, and top."""
-
-    acc_BKGTH: jax.Array
-    total_BKGT: jax.Array
-    top_BKGT: jax.Array
-
-
-def _partial(mask, tile, q_BKGTH, k_BKSH, v_BKSH) -> _Partial:
-    s_BKGTS, _ = _scores(mask, tile, q_BKGTH, k_BKSH)
-    top_BKGT = jnp.maximum(s_BKGTS.max(-1), _FLOOR)
-    e_BKGTS = jnp.exp(s_BKGTS - top_BKGT[..., None])
-    v_BKSH = v_BKSH[:, :, tile.s0 : tile.s1]
-    acc_BKGTH = _dot("BKGTS,BKSH->BKGTH", e_BKGTS.astype(v_BKSH.dtype), v_BKSH)
-    return _Partial(acc_BKGTH, e_BKGTS.sum(-1), top_BKGT)
-
-
-def _merge(a: _Partial, b: _Partial) -> _Partial:
-    top = jnp.maximum(a.top_BKGT, b.top_BKGT)
-    scale_a, scale_b = jnp.exp(a.top_BKGT - top), jnp.exp(b.top_BKGT - top)
-    return _Partial(
-        scale_a[..., None] * a.acc_BKGTH + scale_b[..., None] * b.acc_BKGTH,
-        scale_a * a.total_BKGT + scale_b * b.total_BKGT,
-        top,
-    )
-
-
-def _finish(part: _Partial):
-    """(out, lse) of a block of queries; zeros and -inf where no key was visible."""
-    dead = part.total_BKGT == 0
-    total = jnp.where(dead, 1.0, part.total_BKGT)
-    lse = jnp.where(dead, -jnp.inf, part.top_BKGT + jnp.log(total))
-    return part.acc_BKGTH / total[..., None], lse
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(block_q, block_k, q_BTNH, k_BSKH, v_BSKH, mask):
-    q_BKGTH = _heads_first(q_BTNH, k_BSKH.shape[2])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(block_q, q_BTNH, k_BSKH, v_BSKH, mask):
+    T, K = q_BTNH.shape[1], k_BSKH.shape[2]
+    queries = _queries(mask, block_q, q_BTNH, K)
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    blocks = []
-    for tiles in _tiles(mask, q_BTNH.shape[1], k_BSKH.shape[1], block_q, block_k):
-        row = None
-        for tile in tiles:
-            part = _partial(mask, tile, q_BKGTH, k_BKSH, v_BKSH)
-            row = part if row is None else _merge(row, part)
-            # Without an order XLA keeps many tiles' scores alive at once.
-            row, q_BKGTH = jax.lax.optimization_barrier((row, q_BKGTH))
-        blocks.append(_finish(row))
-    out_BKGTH, lse_BKGT = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks))
-    return _heads_last(out_BKGTH).astype(q_BTNH.dtype), _heads_last(lse_BKGT)
+    bands = _bands(mask, len(queries.q_CBKGTH), block_q, k_BSKH.shape[1])
+    outputs = [_band_forward(mask, band, queries, k_BKSH, v_BKSH) for band in bands]
+    out_CBKGTH, lse_CBKGT = (jnp.concatenate(parts) for parts in zip(*outputs))
+    return _join_heads(out_CBKGTH, T), _join_heads(lse_CBKGT, T)
 
 
-def _attention_fwd(block_q, block_k, q_BTNH, k_BSKH, v_BSKH, mask):
-    out_BTNH, lse_BTN = _attention(block_q, block_k, q_BTNH, k_BSKH, v_BSKH, mask)
+def _band_forward(mask, band: _Band, queries: _Queries, k_BKSH, v_BKSH):
+    k_BKSH, v_BKSH = (x[:, :, band.s0 : band.s1] for x in (k_BKSH, v_BKSH))
+
+    def block(queries):
+        s_BKGTS, _ = _scores(mask, band, queries, k_BKSH)
+        top_BKGT = jnp.maximum(s_BKGTS.max(-1), _FLOOR)
+        e_BKGTS = jnp.exp(s_BKGTS - top_BKGT[..., None])
+        total_BKGT = e_BKGTS.sum(-1)
+        dead_BKGT = total_BKGT == 0
+        total_BKGT = jnp.where(dead_BKGT, 1.0, total_BKGT)
+        out_BKGTH = _dot("BKGTS,BKSH->BKGTH", e_BKGTS.astype(v_BKSH.dtype), v_BKSH)
+        out_BKGTH = (out_BKGTH / total_BKGT[..., None]).astype(queries.q_CBKGTH.dtype)
+        return None, (
+            out_BKGTH,
+            jnp.where(dead_BKGT, -jnp.inf, top_BKGT + jnp.log(total_BKGT)),
+        )
+
+    return _over_blocks(block, band, queries, None)[1]
+
+
+def _attention_fwd(block_q, q_BTNH, k_BSKH, v_BSKH, mask):
+    out_BTNH, lse_BTN = _attention(block_q, q_BTNH, k_BSKH, v_BSKH, mask)
     return (out_BTNH, lse_BTN), (q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, lse_BTN)
 
 
-def _attention_bwd(block_q, block_k, residuals, cotangents):
+def _attention_bwd(block_q, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, lse_BTN = residuals
     dout_BTNH, dlse_BTN = cotangents
-    K = k_BSKH.shape[2]
-    dead_BTN = lse_BTN == -jnp.inf  # p is 0 there; keep inf and nan away from the products
+    T, K = q_BTNH.shape[1], k_BSKH.shape[2]
+    dead_BTN = lse_BTN == -jnp.inf  # p is 0 there: keep inf and nan away from the products
     delta_BTN = (dout_BTNH.astype(jnp.float32) * out_BTNH).sum(-1) - dlse_BTN
-    rows_BTN2 = jnp.stack([lse_BTN, delta_BTN], axis=-1)
-    rows_BKGT2 = _heads_first(jnp.where(dead_BTN[..., None], 0.0, rows_BTN2), K)
-    q_BKGTH, dout_BKGTH = _heads_first(q_BTNH, K), _heads_first(dout_BTNH, K)
+    row_stats = (jnp.where(dead_BTN, 0.0, x) for x in (lse_BTN, delta_BTN))
+    rows = (
+        _queries(mask, block_q, q_BTNH, K),
+        *(_split_heads(x, block_q, K) for x in (dout_BTNH, *row_stats)),
+    )
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-
-    dq, dk_BKSH, dv_BKSH = [], *(jnp.zeros_like(x, jnp.float32) for x in (k_BKSH, v_BKSH))
-    for tiles in _tiles(mask, q_BTNH.shape[1], k_BSKH.shape[1], block_q, block_k):
-        parts = []
-        for tile in tiles:
-            t, s = slice(tile.t0, tile.t1), slice(tile.s0, tile.s1)
-            s_BKGTS, slope = _scores(mask, tile, q_BKGTH, k_BKSH)
-            p_BKGTS = jnp.exp(s_BKGTS - rows_BKGT2[:, :, :, t, :1])
-            do_BKGTH = dout_BKGTH[:, :, :, t]
-            dp_BKGTS = _dot("BKGTH,BKSH->BKGTS", do_BKGTH, v_BKSH[:, :, s])
-            ds_BKGTS = slope * p_BKGTS * (dp_BKGTS - rows_BKGT2[:, :, :, t, 1:])
-            p_BKGTS, ds_BKGTS = p_BKGTS.astype(v_BKSH.dtype), ds_BKGTS.astype(k_BKSH.dtype)
-            parts.append(_dot("BKGTS,BKSH->BKGTH", ds_BKGTS, k_BKSH[:, :, s]))
-            dk_part = _dot("BKGTS,BKGTH->BKSH", ds_BKGTS, q_BKGTH[:, :, :, t])
-            dk_BKSH = dk_BKSH.at[:, :, s].add(dk_part)
-            dv_BKSH = dv_BKSH.at[:, :, s].add(_dot("BKGTS,BKGTH->BKSH", p_BKGTS, do_BKGTH))
-            order = (dk_BKSH, dv_BKSH, parts, q_BKGTH, dout_BKGTH)
-            dk_BKSH, dv_BKSH, parts, q_BKGTH, dout_BKGTH = jax.lax.optimization_barrier(order)
-        dq.append(sum(parts))
-    dq_BTNH = _heads_last(jnp.concatenate(dq, axis=3)).astype(q_BTNH.dtype)
+    dk_BKSH, dv_BKSH = (jnp.zeros_like(x, jnp.float32) for x in (k_BKSH, v_BKSH))
+    dq = []
+    for band in _bands(mask, len(rows[1]), block_q, k_BSKH.shape[1]):
+        (dk_part, dv_part), dq_part = _band_backward(mask, band, rows, k_BKSH, v_BKSH)
+        dq.append(dq_part)
+        dk_BKSH = dk_BKSH.at[:, :, band.s0 : band.s1].add(dk_part)
+        dv_BKSH = dv_BKSH.at[:, :, band.s0 : band.s1].add(dv_part)
+    dq_BTNH = _join_heads(jnp.concatenate(dq), T)
     dk_BSKH, dv_BSKH = jnp.swapaxes(dk_BKSH, 1, 2), jnp.swapaxes(dv_BKSH, 1, 2)
     return dq_BTNH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), None
+
+
+def _band_backward(mask, band: _Band, rows, k_BKSH, v_BKSH):
+    """((dk, dv) over the band's keys, float32; dq_CBKGTH of q's dtype)."""
+    k_BKSH, v_BKSH = (x[:, :, band.s0 : band.s1] for x in (k_BKSH, v_BKSH))
+
+    def block(rows):
+        queries, dout_BKGTH, lse_BKGT, delta_BKGT = rows
+        q_BKGTH = queries.q_CBKGTH
+        s_BKGTS, slope = _scores(mask, band, queries, k_BKSH)
+        p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT[..., None])
+        dp_BKGTS = _dot("BKGTH,BKSH->BKGTS", dout_BKGTH, v_BKSH)
+        ds_BKGTS = slope * p_BKGTS * (dp_BKGTS - delta_BKGT[..., None])
+        p_BKGTS, ds_BKGTS = p_BKGTS.astype(v_BKSH.dtype), ds_BKGTS.astype(k_BKSH.dtype)
+        dq_BKGTH = _dot("BKGTS,BKSH->BKGTH", ds_BKGTS, k_BKSH).astype(q_BKGTH.dtype)
+        dk_BKSH = _dot("BKGTS,BKGTH->BKSH", ds_BKGTS, q_BKGTH)
+        return (dk_BKSH, _dot("BKGTS,BKGTH->BKSH", p_BKGTS, dout_BKGTH)), dq_BKGTH
+
+    zeros = [vary(jnp.zeros_like(x, jnp.float32), varying_axes(x)) for x in (k_BKSH, v_BKSH)]
+    return _over_blocks(block, band, rows, tuple(zeros))
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

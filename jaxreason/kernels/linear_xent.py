@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxreason.kernels.manual_axes import vary, varying_axes
+
 _MASKED = -1e30  # finite, so that 0 * logit is 0: exp(_MASKED - lse) is exactly 0 in float32
 _CHUNK_BYTES = 8 << 20  # of logits; 8 MiB beat 2, 16, 32 and 64 MiB on CPU at V = 8192
 
@@ -129,26 +131,18 @@ def linear_kl(
 def _align(head: _Head, h_TD, w_VD, *others: jax.Array) -> list[jax.Array]:
     """Inside shard_map, gives h and w one type: varying over the union of all arguments' axes.
 
-    A custom_vjp must return cotangents of its arguments' types. The transpose of pcast is psum, so
-    the gradients of replicated arguments (h over the vocabulary axis, w over the batch axes) are
-    summed over those axes here. Outside shard_map this does nothing.
+    So the gradients of replicated arguments (h over the vocabulary axis, w over the batch axes) are
+    summed over those axes.
     """
-    axes = frozenset().union(*(_varying_axes(x) for x in (h_TD, w_VD, *others)))
+    axes = varying_axes(h_TD, w_VD, *others)
     if head.axis_name is not None:
-        if head.axis_name not in _varying_axes(jax.lax.axis_index(head.axis_name)):
+        if not varying_axes(jax.lax.axis_index(head.axis_name)):
             raise ValueError(
                 f"axis_name={head.axis_name!r} needs jax.shard_map(..., check_vma=True), "
                 "which sums gradients over the axes an argument is replicated on"
             )
         axes |= {head.axis_name}
-    h_TD, w_VD = (
-        jax.lax.pcast(x, tuple(sorted(axes - _varying_axes(x))), to="varying") for x in (h_TD, w_VD)
-    )
-    return [h_TD, w_VD, *others]
-
-
-def _varying_axes(x: jax.Array) -> frozenset:
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    return [vary(h_TD, axes), vary(w_VD, axes), *others]
 
 
 def _over_rows(
@@ -172,8 +166,7 @@ def _over_rows(
         part, out = chunk(*slices)
         return jax.tree.map(jnp.add, total, part), out
 
-    zeros = jnp.zeros(w_VD.shape, jnp.float32) if grad else None
-    zeros = jax.lax.pcast(zeros, tuple(_varying_axes(w_VD)), to="varying")
+    zeros = vary(jnp.zeros(w_VD.shape, jnp.float32), varying_axes(w_VD)) if grad else None
     total, out = jax.lax.scan(body, zeros, tuple(map(split, rows)))
     return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], out)
 

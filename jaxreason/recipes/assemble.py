@@ -14,6 +14,7 @@ from jaxreason.data.pipeline import DataConfig
 from jaxreason.model.config import DecoderConfig, preset
 from jaxreason.model.decoder import Execution, LanguageModel
 from jaxreason.parallel.mesh import make_mesh
+from jaxreason.recipes import checkpoints
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.text import chat
@@ -124,7 +125,10 @@ def _training_texts(spec: ConfigDict, data_dir: pathlib.Path):
 
 
 def chat_template(config: ConfigDict, tokenizer: Tokenizer) -> chat.ChatTemplate:
-    return chat.template_for(config.chat.template, tokenizer)
+    name = config.chat.template
+    if name == "checkpoint":
+        name = checkpoints.parse(config.init["from"]).chat_template()
+    return chat.template_for(name, tokenizer)
 
 
 def data_config(config: ConfigDict, stage: ConfigDict) -> DataConfig:

@@ -37,6 +37,10 @@ class Checkpoint:
         config = self._run_config()
         return DecoderConfig(**config["architecture"])
 
+    def chat_template(self) -> str:
+        """The name of the template it was trained with; Hugging Face Qwen3 has Qwen3's."""
+        return "qwen3" if self.kind == "hf" else self._run_config()["config"]["chat"]["template"]
+
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError when there is none: random parameters were never given one."""
         if self.directory is None:
@@ -78,6 +82,10 @@ def parse(text: str) -> Checkpoint:
     if step and not step.isdigit():
         raise ValueError(f"init.from is {text!r}; the step {step!r} is not a number")
     number = int(step) if step else None
+    if not folder and not stage:
+        raise ValueError(
+            f"init.from is {text!r}; give random, WORKDIR@STAGE[@STEP] or a Hugging Face directory"
+        )
     if not folder:
         return Checkpoint(text, "run", None, stage, number)
     directory = pathlib.Path(folder).expanduser()

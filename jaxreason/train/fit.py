@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 import optax
 
 from jaxreason.checkpoint.store import Store
@@ -107,13 +108,14 @@ def fit(
             began = time.perf_counter()
             batch = next(job.pipeline)
             waited = time.perf_counter() - began
+            read = int(np.count_nonzero(batch.segments_BT)) * jax.process_count()
             if job.model.mesh is not None:
                 batch = hosts.to_global(job.model.mesh, batch)
             state, metrics = job.train_step(state, batch, frozen)
             done += 1
             if pending is not None:
                 report.step(*pending)
-            pending = (done, metrics, waited)
+            pending = (done, metrics, read, waited)
             last = done == config.steps
             if last or stopping.is_set() or done % config.save_every == 0:
                 # The log is complete up to a step before that step can be resumed from.
@@ -143,12 +145,12 @@ class _Reporter:
 
     def __init__(self, job: Fit, total_tokens: float):
         self.job, self.total_tokens = job, total_tokens
-        self.clock, self.tokens, self.steps, self.waited = time.perf_counter(), 0.0, 0, 0.0
+        self.clock, self.tokens, self.steps, self.waited = time.perf_counter(), 0, 0, 0.0
 
-    def step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+    def step(self, step: int, metrics: dict[str, jax.Array], read: int, waited: float) -> None:
         job = self.job
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.tokens += values["num_tokens"]
+        self.tokens += read
         self.total_tokens += values["num_tokens"]
         self.steps += 1
         self.waited += waited
@@ -180,7 +182,7 @@ class _Reporter:
         if "perf/mfu" in values:
             detail += f"  MFU {values['perf/mfu']:.1%}"
         job.progress.update(step, detail)
-        self.clock, self.tokens, self.steps, self.waited = now, 0.0, 0, 0.0
+        self.clock, self.tokens, self.steps, self.waited = now, 0, 0, 0.0
 
     def validation(self, step: int, state: TrainState) -> None:
         job = self.job
