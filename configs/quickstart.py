@@ -34,8 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.stages = {
         "pretrain": _stage("text", "random", steps=60 if smoke else 200, rows=43, examples=384),
-        "sft_answer": _stage("answer", "@pretrain", steps=60 if smoke else 800, rows=14),
-        "sft_cot": _stage("long_cot", "@pretrain", steps=60 if smoke else 800, rows=38),
+        "sft_answer": _stage("answer", "@pretrain", steps=60 if smoke else 1000, rows=14),
+        "sft_cot": _stage("long_cot", "@pretrain", steps=60 if smoke else 1000, rows=38),
     }
     c.run.save_every = 20 if smoke else 200
     c.log.every = 5 if smoke else 20

@@ -1,0 +1,106 @@
+"""The promise of resuming: killed at any moment and run again, a run ends bit-equal."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STAGES = ("pretrain", "sft_answer", "sft_cot")
+
+
+def command(workdir: pathlib.Path) -> list[str]:
+    launch = [sys.executable, "-m", "jaxreason.launch"]
+    return [*launch, "--config=quickstart:smoke", f"--workdir={workdir}"]
+
+
+def start(workdir: pathlib.Path) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command(workdir), cwd=ROOT, env=env, stdout=quiet, stderr=quiet)
+
+
+def finish(workdir: pathlib.Path) -> None:
+    assert start(workdir).wait() == 0
+
+
+def saving(workdir: pathlib.Path) -> bool:
+    """Whether a checkpoint is being written at this moment."""
+    return any(workdir.glob("checkpoints/*/*checkpoint-tmp*"))
+
+
+def kill_when(process: subprocess.Popen, ready, sig: int = signal.SIGKILL) -> int:
+    """Waits for `ready()`, then sends the signal; returns the exit code."""
+    while process.poll() is None and not ready():
+        time.sleep(0.001)
+    process.send_signal(sig)
+    return process.wait()
+
+
+def logged(workdir: pathlib.Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights(workdir: pathlib.Path, stage: str) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(workdir / "hf" / stage / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(workdir)
+    return workdir
+
+
+def assert_same_run(workdir: pathlib.Path, whole: pathlib.Path) -> None:
+    for stage in STAGES:
+        expected, found = weights(whole, stage), weights(workdir, stage)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=f"{stage} {name}")
+    read = lambda folder: json.loads((folder / "summary.json").read_text())["evals"]
+    assert read(workdir) == read(whole)
+    steps = [(line["stage"], line["step"]) for line in logged(workdir)]
+    assert len(steps) == len(set(steps))
+    assert steps == [(line["stage"], line["step"]) for line in logged(whole)]
+
+
+@pytest.mark.slow
+def test_killed_five_times_ends_bit_equal(whole, tmp_path):
+    workdir, rng = tmp_path / "run", random.Random(0)
+    total = len(logged(whole))
+    # Four moments spread over the run's log, each a random while after the line; one in a save.
+    for share in (0.1, 0.35, 0.6, 0.85):
+        target, pause = int(share * total), rng.uniform(0, 1.5)
+        process = start(workdir)
+        kill_when(process, lambda target=target: len(logged_lines(workdir)) >= target)
+        del pause
+        if share == 0.35:
+            kill_when(start(workdir), lambda: saving(workdir))
+    finish(workdir)
+    assert_same_run(workdir, whole)
+
+
+def logged_lines(workdir: pathlib.Path) -> list[str]:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_143(whole, tmp_path):
+    workdir = tmp_path / "run"
+    code = kill_when(start(workdir), lambda: len(logged_lines(workdir)) >= 2, signal.SIGTERM)
+    assert code == 143
+    assert any((workdir / "checkpoints" / "pretrain").iterdir())
+    finish(workdir)
+    assert_same_run(workdir, whole)
