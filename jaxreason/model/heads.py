@@ -33,9 +33,7 @@ class Head:
     def _on_mesh(self, fn, in_specs, out_specs):
         if not self._parallel:
             return fn
-        return jax.shard_map(
-            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def xent(self, h_BTD, w_VD, targets_BT, weights_BT, *, temperature=1.0, z_loss=0.0):
         """(weighted sum of the loss, kernels.linear_xent.XentMetrics of weighted sums)."""
