@@ -44,9 +44,13 @@ def kill_when(process: subprocess.Popen, ready, sig: int = signal.SIGKILL) -> in
     return process.wait()
 
 
-def logged(workdir: pathlib.Path) -> list[dict]:
+def logged_lines(workdir: pathlib.Path) -> list[str]:
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def logged(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in logged_lines(workdir)]
 
 
 def weights(workdir: pathlib.Path, stage: str) -> dict[str, np.ndarray]:
@@ -78,22 +82,21 @@ def assert_same_run(workdir: pathlib.Path, whole: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_killed_five_times_ends_bit_equal(whole, tmp_path):
     workdir, rng = tmp_path / "run", random.Random(0)
-    total = len(logged(whole))
-    # Four moments spread over the run's log, each a random while after the line; one in a save.
+    total = len(logged_lines(whole))
     for share in (0.1, 0.35, 0.6, 0.85):
         target, pause = int(share * total), rng.uniform(0, 1.5)
-        process = start(workdir)
-        kill_when(process, lambda target=target: len(logged_lines(workdir)) >= target)
-        del pause
-        if share == 0.35:
-            kill_when(start(workdir), lambda: saving(workdir))
+
+        def reached(target=target, pause=pause) -> bool:
+            if len(logged_lines(workdir)) < target:
+                return False
+            time.sleep(pause)
+            return True
+
+        assert kill_when(start(workdir), reached) == -signal.SIGKILL
+        if share == 0.35:  # the fifth: while a checkpoint is being written
+            assert kill_when(start(workdir), lambda: saving(workdir)) == -signal.SIGKILL
     finish(workdir)
     assert_same_run(workdir, whole)
-
-
-def logged_lines(workdir: pathlib.Path) -> list[str]:
-    path = workdir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.mark.slow
