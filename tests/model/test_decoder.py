@@ -1,0 +1,134 @@
+"""The decoder: what may influence what, and that no way of executing it changes what it computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import (
+    VOCAB,
+    assert_trees_close,
+    loss_and_gradients,
+    mean_loss,
+    packed_batch,
+    tiny_model,
+    tiny_params,
+)
+
+from jaxreason.model.decoder import Execution
+
+ATTENTION = ("blockwise", "reference")
+
+# float32 sums of a few hundred terms in another order: 1e-6 of the largest entry; 1e-5 leaves room.
+ROUNDING = 1e-5
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_each_position_reads_its_own_document_up_to_itself(attention):
+    """Gradient of position t's hidden state in position s's embedding: not 0 iff s is readable."""
+    batch = packed_batch([[5, 6, 1]], length=14)
+    T = batch.tokens_BT.shape[1]
+    tokens_BT = jnp.arange(T)[None]  # all different: row s of the table is position s
+    model = tiny_model(execution=Execution(attention=attention, scan_layers=True))
+
+    def totals(embedding):
+        p = {**tiny_params(), "embedding": embedding}
+        return model.hidden(p, tokens_BT, batch.segments_BT, batch.positions_BT)[0].sum(-1)
+
+    influence_TV = jnp.abs(jax.jit(jax.jacrev(totals))(tiny_params()["embedding"])).sum(-1)
+    s = batch.segments_BT[0]
+    readable = np.tril((s[:, None] == s[None]) & (s[:, None] != 0)) | np.eye(T, dtype=bool)
+    np.testing.assert_array_equal(influence_TV[:, :T] != 0, readable)
+    assert (influence_TV[:, T:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        Execution(),
+        Execution(remat="full"),
+        Execution(scan_layers=True, remat="full"),
+        Execution(scan_layers=True, attention="reference"),
+    ],
+    ids=str,
+)
+def test_execution_changes_nothing(execution):
+    """Against scanned layers without remat, blockwise: 80 positions are two blocks of queries."""
+    batch = packed_batch([[30, 45], [80]], length=80, loss_share=0.7)
+    want = loss_and_gradients(tiny_model(), tiny_params(), batch)
+    got = loss_and_gradients(tiny_model(execution=execution), tiny_params(), batch)
+    assert_trees_close(got, want, ROUNDING)
+
+
+def test_remat_keeps_no_layer_activations():
+    """Temp memory of the gradient falls by (nearly) all that the layers kept of their MLPs."""
+    batch, layers, mlp = packed_batch([[64]] * 4, length=64), 8, 256
+
+    def temp(remat):
+        execution = Execution(remat=remat, scan_layers=True)
+        model = tiny_model(execution=execution, num_layers=layers, mlp_dim=mlp)
+        fn = jax.jit(jax.grad(lambda p: mean_loss(model, p, batch)))
+        return fn.lower(model.shapes).compile().memory_analysis().temp_size_in_bytes
+
+    gate_and_up = 2 * batch.tokens_BT.size * mlp * 4  # bytes a layer
+    assert temp("none") - temp("full") > (layers - 1) * gate_and_up
+
+
+def test_bfloat16_computes_close_to_float32():
+    """bf16 rounds to 2**-9; a few dozen roundings on the way to the loss: 3 % bounds them."""
+    batch = packed_batch([[20, 12]], length=32)
+    model = tiny_model(execution=Execution(dtype="bfloat16", scan_layers=True))
+    hidden = jax.eval_shape(
+        model.hidden, model.shapes, batch.tokens_BT, batch.segments_BT, batch.positions_BT
+    )
+    assert hidden.dtype == jnp.bfloat16
+    got, want = (
+        jax.jit(functools.partial(mean_loss, m))(tiny_params(), batch)
+        for m in (model, tiny_model())
+    )
+    assert got != want and got == pytest.approx(float(want), rel=0.03)
+
+
+def test_untied_head_is_its_own_weight():
+    batch = packed_batch([[20, 12]], length=32)
+    model = tiny_model(tie_embeddings=False)
+    assert set(model.shapes) == {"embedding", "final_norm", "layers", "lm_head"}
+    _, grads = loss_and_gradients(model, jax.jit(model.init)(jax.random.key(0)), batch)
+    unseen = np.setdiff1d(np.arange(VOCAB), batch.tokens_BT)
+    assert (grads["embedding"][unseen] == 0).all()  # only looked up
+    assert (jnp.abs(grads["lm_head"]).sum(-1) > 0).all()  # every logit takes part
+
+
+def test_padded_vocabulary_gets_no_probability_and_no_gradient():
+    batch = packed_batch([[20, 12]], length=32, vocab=50)
+    model = tiny_model(tie_embeddings=False, valid_vocab=50)
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def outputs(p):
+        h_BTD = model.hidden(p, batch.tokens_BT, batch.segments_BT, batch.positions_BT)
+        logp_BT, entropy_BT, _ = model.logprobs(p, h_BTD, batch.targets_BT)
+        logits_BV, _ = model.prefill(p, batch.tokens_BT, jnp.array([20]), 32)
+        return mean_loss(model, p, batch), (h_BTD, logp_BT, entropy_BT, logits_BV)
+
+    run = jax.jit(jax.value_and_grad(outputs, has_aux=True))
+    (loss, (h_BTD, got_BT, entropy_BT, logits_BV)), grads = run(params)
+    logp_BTV = jax.nn.log_softmax(h_BTD @ params["lm_head"][:50].T)  # the truth: a shorter table
+    logp_BT = np.take_along_axis(logp_BTV, batch.targets_BT[..., None], -1)[..., 0]
+    want = -(logp_BT * batch.weights_BT).sum() / batch.weights_BT.sum()
+    np.testing.assert_allclose(loss, want, rtol=ROUNDING)
+    np.testing.assert_allclose(got_BT, logp_BT, atol=ROUNDING)
+    np.testing.assert_allclose(entropy_BT, -(np.exp(logp_BTV) * logp_BTV).sum(-1), atol=ROUNDING)
+    assert (grads["lm_head"][50:] == 0).all() and (grads["lm_head"][:50] != 0).any(-1).all()
+    assert (logits_BV[:, 50:] == -jnp.inf).all() and jnp.isfinite(logits_BV[:, :50]).all()
+
+
+def test_unknown_names_are_refused_when_the_model_is_built():
+    with pytest.raises(
+        ValueError, match=r"mesh.attention is 'flash3'; known implementations: auto"
+    ):
+        tiny_model(execution=Execution(attention="flash3"))
+    with pytest.raises(ValueError, match=r"mesh.remat is 'some'; it must be one of none, full"):
+        Execution(remat="some")
+    with pytest.raises(ValueError, match=r"mesh.dtype is 'float16'"):
+        Execution(dtype="float16")

@@ -1,0 +1,62 @@
+"""Eight devices give the loss and the gradients of one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_models import assert_trees_close, packed_batch, tiny_model, tiny_params
+
+from jaxreason.parallel import hosts
+from jaxreason.parallel.mesh import AXES, make_mesh
+
+ROWS = [[20, 12], [32], [5, 6, 7], [30], [3, 3], [16, 16], [9], [31]]
+BATCH = packed_batch(ROWS, length=32, vocab=50, loss_share=0.6)
+# data, fsdp, tensor; and the valid entries of a table of 64: of two shards the last is part padding.
+CASES = [((8, 1, 1), None), ((1, 8, 1), None), ((2, 2, 2), 50)]
+
+
+def evaluate(model, params, batch):
+    """(mean loss, log-probs of the targets), gradients."""
+
+    def loss(p):
+        h_BTD = model.hidden(p, batch.tokens_BT, batch.segments_BT, batch.positions_BT)
+        total, _ = model.xent(p, h_BTD, batch.targets_BT, batch.weights_BT)
+        return total / batch.weights_BT.sum(), model.logprobs(p, h_BTD, batch.targets_BT)[0]
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("shape, valid_vocab", CASES, ids=str)
+def test_sharded_equals_unsharded(shape, valid_vocab):
+    mesh = make_mesh(dict(zip(AXES, shape)))
+    model, alone = tiny_model(mesh, valid_vocab), tiny_model(None, valid_vocab)
+    want = jax.jit(functools.partial(evaluate, alone))(tiny_params(), BATCH)
+    params = jax.device_put(tiny_params(), model.shardings())
+    rows = hosts.to_global(mesh, BATCH)
+    got = jax.jit(functools.partial(evaluate, model))(params, rows)
+    assert all(jnp.abs(gradient).max() > 0 for gradient in jax.tree.leaves(want[1]))
+    # float32 sums over rows in another order: 1e-6 of the largest entry, with room.
+    assert_trees_close(got, want, 1e-5)
+
+
+def test_weights_and_rows_are_split_as_the_table_says():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    model = tiny_model(mesh)
+    local = lambda x: x.sharding.shard_shape(x.shape)
+    params = jax.device_put(tiny_params(), model.shardings())
+    assert local(params["embedding"]) == (32, 16)
+    assert local(params["layers"]["wq"]) == (2, 16, 2, 8)
+    assert local(params["layers"]["wo"]) == (2, 2, 8, 16)
+    assert local(params["layers"]["w_down"]) == (2, 24, 16)
+    assert local(params["final_norm"]) == (32,)
+    assert local(hosts.to_global(mesh, BATCH).tokens_BT) == (2, 32)
+
+
+def test_a_weight_that_does_not_divide_is_named_when_the_model_is_built():
+    mesh = make_mesh({"tensor": 8})
+    with pytest.raises(
+        ValueError,
+        match=r"weight layers/wk: dim 2 \(kv_heads\) = 2 is not a multiple of mesh axis tensor = 8",
+    ):
+        tiny_model(mesh, num_heads=8)
