@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -20,3 +22,17 @@ def shared_data() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path} (set JAXREASON_DATA)")
     return path
+
+
+def launch_env() -> dict[str, str]:
+    """The environment of a user's own run: this suite's eight devices are not theirs."""
+    return {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory) -> pathlib.Path:
+    """The workdir of an uninterrupted smoke quickstart (a minute or two; for slow tests)."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    launch = [sys.executable, "-m", "jaxreason.launch", "--config=quickstart:smoke"]
+    subprocess.run([*launch, f"--workdir={workdir}"], cwd=ROOT, env=launch_env(), check=True)
+    return workdir

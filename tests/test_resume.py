@@ -1,7 +1,6 @@
 """The promise of resuming: killed at any moment and run again, a run ends bit-equal."""
 
 import json
-import os
 import pathlib
 import random
 import signal
@@ -11,8 +10,8 @@ import time
 
 import numpy as np
 import pytest
+from conftest import ROOT, launch_env
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("pretrain", "sft_answer", "sft_cot")
 
 
@@ -22,8 +21,8 @@ def command(workdir: pathlib.Path) -> list[str]:
 
 
 def start(workdir: pathlib.Path) -> subprocess.Popen:
-    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
     quiet = subprocess.DEVNULL
+    env = launch_env()
     return subprocess.Popen(command(workdir), cwd=ROOT, env=env, stdout=quiet, stderr=quiet)
 
 
@@ -59,13 +58,6 @@ def weights(workdir: pathlib.Path, stage: str) -> dict[str, np.ndarray]:
     return load_file(workdir / "hf" / stage / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> pathlib.Path:
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    finish(workdir)
-    return workdir
-
-
 def assert_same_run(workdir: pathlib.Path, whole: pathlib.Path) -> None:
     for stage in STAGES:
         expected, found = weights(whole, stage), weights(workdir, stage)
@@ -80,9 +72,9 @@ def assert_same_run(workdir: pathlib.Path, whole: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_five_times_ends_bit_equal(whole, tmp_path):
+def test_killed_five_times_ends_bit_equal(smoke_run, tmp_path):
     workdir, rng = tmp_path / "run", random.Random(0)
-    total = len(logged_lines(whole))
+    total = len(logged_lines(smoke_run))
     for share in (0.1, 0.35, 0.6, 0.85):
         target, pause = int(share * total), rng.uniform(0, 1.5)
 
@@ -96,14 +88,14 @@ def test_killed_five_times_ends_bit_equal(whole, tmp_path):
         if share == 0.35:  # the fifth: while a checkpoint is being written
             assert kill_when(start(workdir), lambda: saving(workdir)) == -signal.SIGKILL
     finish(workdir)
-    assert_same_run(workdir, whole)
+    assert_same_run(workdir, smoke_run)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_143(whole, tmp_path):
+def test_sigterm_saves_and_exits_143(smoke_run, tmp_path):
     workdir = tmp_path / "run"
     code = kill_when(start(workdir), lambda: len(logged_lines(workdir)) >= 2, signal.SIGTERM)
     assert code == 143
     assert any((workdir / "checkpoints" / "pretrain").iterdir())
     finish(workdir)
-    assert_same_run(workdir, whole)
+    assert_same_run(workdir, smoke_run)
