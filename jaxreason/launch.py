@@ -16,6 +16,13 @@ import traceback
 
 from ml_collections import ConfigDict
 
+_PLAIN = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a tuple, as in '(1, 2)'",
+    list: "a list, as in '[1, 2]'",
+}
 RECIPES = {"pipeline": "pipeline", "fit": "pipeline", "evaluate": "evaluate"}  # -> module
 
 
@@ -60,7 +67,7 @@ def read_command(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
         override(config, key, value)
     if config.recipe not in RECIPES:
         raise ValueError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
-    return config, pathlib.Path(workdir or f"runs/{config.name}")
+    return config, pathlib.Path(workdir or f"runs/{config.name}").expanduser()
 
 
 def shipped_configs() -> list[str]:
@@ -76,7 +83,7 @@ def load_config(spec: str) -> ConfigDict:
     """
     name, _, arg = spec.partition(":")
     stem = name.removesuffix(".py")
-    places = [pathlib.Path(name), pathlib.Path("configs") / f"{stem}.py"]
+    places = [pathlib.Path(f"{stem}.py"), pathlib.Path("configs") / f"{stem}.py"]
     shipped = importlib.util.find_spec("jaxreason.configs")
     if shipped is not None:
         places += [pathlib.Path(f) / f"{stem}.py" for f in shipped.submodule_search_locations]
@@ -117,17 +124,21 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 def _parse(key: str, text: str, wanted: type) -> object:
     if wanted is str:
         return text
+    if wanted is bool and text in ("true", "false"):
+        return text == "true"
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    if wanted is type(None):  # the config says nothing of its type
+        return value
     if wanted is float and type(value) is int:
         return float(value)
     if wanted in (tuple, list) and isinstance(value, (tuple, list)):
         return wanted(value)
     if type(value) is not wanted:
         raise ValueError(
-            f"--config.{key}={text} is a {type(value).__name__}; it must be a {wanted.__name__}"
+            f"--config.{key}={text} is a {type(value).__name__}; it must be {_PLAIN[wanted]}"
         )
     return value
 
