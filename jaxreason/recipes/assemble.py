@@ -53,11 +53,11 @@ def execution(mesh: ConfigDict) -> Execution:
     """`auto` becomes float32 and unrolled layers on CPU, bfloat16 and scanned layers elsewhere."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(mesh.dtype, mesh.dtype)
-    if mesh.scan_layers not in ("auto", True, False):
+    scan = {"auto": not on_cpu, "true": True, "false": False}.get(mesh.scan_layers)
+    if scan is None:
         raise ValueError(
-            f"mesh.scan_layers is {mesh.scan_layers!r}; it must be auto, True or False"
+            f"mesh.scan_layers is {mesh.scan_layers!r}; it must be auto, true or false"
         )
-    scan = not on_cpu if mesh.scan_layers == "auto" else mesh.scan_layers
     return Execution(dtype=dtype, attention=mesh.attention, remat=mesh.remat, scan_layers=scan)
 
 

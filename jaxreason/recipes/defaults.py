@@ -34,7 +34,8 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                 "remat": "none",  # none | full
                 "attention": "auto",  # auto | blockwise | reference
                 "dtype": "auto",  # auto: float32 on CPU, bfloat16 on accelerators
-                "scan_layers": "auto",  # auto: unrolled on CPU, scanned on accelerators
+                # true | false | auto: unrolled on CPU, scanned on accelerators
+                "scan_layers": "auto",
                 "xla_options": {},
             },
             "run": {

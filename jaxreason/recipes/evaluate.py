@@ -22,9 +22,9 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     shape = assemble.architecture(config, start)
     workdir = Workdir(folder)
     workdir.open(config)
-    prepare_data(config, workdir, progress)
     tokenizer = assemble.tokenizer(config, workdir, start)
     model = assemble.language_model(config, shape, tokenizer)
+    prepare_data(config, workdir, progress)
     evaluate = evaluation.build(config, workdir, tokenizer, model)
     describe(workdir, model, shape.max_length)
 

@@ -4,6 +4,7 @@ The recipes `pipeline` (a config with `stages`) and `fit` (a config that is one 
 Each part leaves a marker when it is done, so the same command goes on where it stopped.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -27,7 +28,21 @@ def stages_of(config: ConfigDict) -> list[Stage]:
     """Raises ValueError for whatever is wrong with any stage, before the first one runs."""
     if config.recipe == "fit":
         return [plan(config, config.name, config)]
-    return [plan(config, name, section) for name, section in config.stages.items()]
+    stages = []
+    for name, section in config.stages.items():
+        with _naming(config, name):
+            stages.append(plan(config, name, section))
+    return stages
+
+
+@contextlib.contextmanager
+def _naming(config: ConfigDict, stage: str):
+    """Where there are several stages, says which one a mistake is in."""
+    try:
+        yield
+    except ValueError as error:
+        where = "" if config.recipe == "fit" else f"stages.{stage}: "
+        raise ValueError(f"{where}{error}") from error
 
 
 def run(config: ConfigDict, folder: pathlib.Path) -> None:
@@ -39,11 +54,12 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     _check_order(stages)
     workdir = Workdir(folder)
     workdir.open(config)
-    prepare_data(config, workdir, progress)
     tokenizer = assemble.tokenizer(config, workdir, stages[0].start)
     model = assemble.language_model(config, shape, tokenizer)
+    prepare_data(config, workdir, progress)
     for stage in stages:
-        pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
+        with _naming(config, stage.name):
+            pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
     evaluate = evaluation.build(config, workdir, tokenizer, model)
     describe(workdir, model, stages[0].data.length)
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import pathlib
 import re
+import shutil
 import time
 
 import jax
@@ -32,7 +33,7 @@ class Workdir:
         return self.path / "checkpoints" / stage
 
     def open(self, config: ConfigDict) -> None:
-        """Create the folder or resume it.
+        """Create the folder or resume it. A run that never got to train or score starts anew.
 
         Raises ValueError when the path cannot be a folder, is another kind of folder, or was made
         by a config that differs in a key that may not change (named with both values).
@@ -41,10 +42,14 @@ class Workdir:
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"--workdir={self.path}: {parent} is a file, not a folder")
         new = json.loads(config.to_json())
-        if self.config.exists():
-            self._resume(json.loads(self.config.read_text()), new)
-            return
-        if self.path.exists() and any(self.path.iterdir()):
+        content = json.loads(self.config.read_text()) if self.config.exists() else {}
+        if "history" in content:
+            if self._started() or content["config"] == new:
+                self._resume(content, new)
+                return
+            shutil.rmtree(self.tokenizer, ignore_errors=True)  # prepared for another config
+            shutil.rmtree(self.data, ignore_errors=True)
+        elif self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"--workdir={self.path} holds files but no config.json of a run")
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.config, {"config": new, "history": [], **_environment()})
@@ -62,6 +67,10 @@ class Workdir:
     def mark(self, name: str, content: dict) -> None:
         (self.path / "stages").mkdir(exist_ok=True)
         _write(self.path / "stages" / f"{name}.json", content)
+
+    def _started(self) -> bool:
+        """Whether anything was trained or scored: from then on the config binds the workdir."""
+        return (self.path / "metrics.jsonl").exists() or (self.path / "stages").exists()
 
     def _resume(self, content: dict, new: dict) -> None:
         before, after = flatten(content["config"]), flatten(new)
