@@ -1,0 +1,184 @@
+"""Mistakes in what was asked: one clear line, exit code 2, before anything is compiled."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from jaxreason import launch
+
+# A fine-tuning run of 20,000 parameters on question and answer records.
+CONFIG = """
+from jaxreason.recipes import defaults
+
+def get_config(arg=""):
+    c = defaults.default_config("tiny", "fit")
+    c.update(defaults.stage_config())
+    c.model = defaults.model_config(
+        "qwen3-tiny", vocab_size=261, num_layers=1, embed_dim=32, mlp_dim=32, num_heads=2,
+        num_kv_heads=1, head_dim=16,
+    )
+    c.data.sources = {"pairs": defaults.source(
+        name="pairs", path="pairs.jsonl", prompt_field="question", response_field="answer",
+    )}
+    c.data.update(rows=8, length=64)
+    c.train.steps = 2
+    c.log.every = 1
+    c.run.export = False
+    return c
+"""
+LINES = [
+    '{"question": "1+1", "answer": "2"}',
+    '{"question": "2+2", "answer": 4}',
+    '{"question": "3+3", "answer": "6"',  # line 3: the brace is missing
+    '{"question": "4+4"}',  # line 4: no answer
+    '{"question": "5+5", "answer": "10"}',
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A folder with the tiny config, its records, and a run that was made there."""
+
+    path: pathlib.Path
+
+    def command(self, *flags: str, workdir: str = "new") -> list[str]:
+        return [f"--config={self.path / 'tiny.py'}", f"--workdir={self.path / workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    path = tmp_path_factory.mktemp("mistakes")
+    (path / "tiny.py").write_text(CONFIG)
+    (path / "pairs.jsonl").write_text("\n".join(LINES) + "\n")
+    (path / "a_file").write_text("")
+    place = Place(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        assert launch.main(place.command(workdir="trained")) == 0
+    return place
+
+
+@pytest.fixture(autouse=True)
+def in_place(place, monkeypatch):
+    monkeypatch.chdir(place.path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    flags: Callable[[Place], list[str]]
+    says: tuple[str, ...]  # the thing, the value, what would be right
+
+
+MISTAKES = {
+    "unknown key": Mistake(
+        lambda p: p.command("--config.train.stepz=3"),
+        ("--config.train.stepz", "did you mean 'steps'?"),
+    ),
+    "wrong type": Mistake(
+        lambda p: p.command("--config.train.steps=many"),
+        ("--config.train.steps=many", "it must be a whole number"),
+    ),
+    "missing data file": Mistake(
+        lambda p: p.command("--config.data.sources.pairs.path=nowhere.jsonl"),
+        ("data.sources.pairs.path", "'nowhere.jsonl'", "no such file", "JAXREASON_DATA"),
+    ),
+    "batch not divisible": Mistake(
+        lambda p: p.command("--config.data.num_shards=3"),
+        ("data.rows = 8", "not a multiple of data.num_shards = 3"),
+    ),
+    "vocabulary smaller than the tokenizer": Mistake(
+        lambda p: p.command("--config.model.vocab_size=256"),
+        ("model.vocab_size = 256", "the tokenizer's 261 entries"),
+    ),
+    "too long example": Mistake(
+        lambda p: p.command("--config.data.length=16"),
+        ("data.sources.pairs", "pairs.jsonl line 1", "data.length is 16", "keep_start"),
+    ),
+    "unknown preset": Mistake(
+        lambda p: p.command("--config.model.preset=qwen3-9b"),
+        ("model.preset", "'qwen3-9b'", "qwen3-8b"),
+    ),
+    "workdir of another config": Mistake(
+        lambda p: p.command("--config.seed=7", workdir="trained"),
+        ("trained", "seed = 0", "now it is 7", "another workdir"),
+    ),
+    "workdir below a regular file": Mistake(
+        lambda p: p.command(workdir="a_file/run"),
+        ("--workdir=", "a_file/run", "is a file, not a folder"),
+    ),
+}
+
+
+def assert_one_line(stderr: str, says: tuple[str, ...]) -> None:
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    for part in says:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_line_and_exit_code_2(name, place, capsys):
+    mistake = MISTAKES[name]
+    assert launch.main(mistake.flags(place)) == 2
+    assert_one_line(capsys.readouterr().err, mistake.says)
+
+
+# The first needs no JAX to be found, the second is found last, with data, tokenizer and model made.
+QUICK = ("unknown key", "too long example")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MISTAKES]
+)
+def test_mistake_is_found_within_10_seconds(name, place):
+    """As a user meets it: a process of its own. CPU seconds, since the machine may be shared."""
+    mistake = MISTAKES[name]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    env["PYTHONPATH"] = str(pathlib.Path(launch.__file__).parent.parent)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxreason.launch", *mistake.flags(place)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr, mistake.says)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 10
+
+
+def test_malformed_lines_are_quarantined_counted_and_left_out(place):
+    workdir = place.path / "trained"
+    quarantined = [json.loads(q) for q in (workdir / "data/quarantine.jsonl").open()]
+    assert [(pathlib.Path(q["file"]).name, q["line"]) for q in quarantined] == [
+        ("pairs.jsonl", 3),
+        ("pairs.jsonl", 4),
+    ]
+    assert "not JSON" in quarantined[0]["reason"]
+    assert "answer" in quarantined[1]["reason"]
+    stage = json.loads((workdir / "summary.json").read_text())["stages"]["tiny"]
+    assert (stage["quarantined"], stage["steps"]) == (2, 2)
+
+
+def test_after_a_mistake_the_same_workdir_takes_the_right_command(place, capsys):
+    """Nothing was trained yet, so nothing binds the workdir to what was asked first."""
+    wrong = place.command("--config.model.vocab_size=256", workdir="second_try")
+    assert launch.main(wrong) == 2
+    assert launch.main(place.command(workdir="second_try")) == 0
+    assert launch.main(wrong) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "model.vocab_size = 261, and now it is 256" in last
