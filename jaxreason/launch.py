@@ -70,10 +70,14 @@ def read_command(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     return config, pathlib.Path(workdir or f"runs/{config.name}").expanduser()
 
 
-def shipped_configs() -> list[str]:
+def shipped_folders() -> list[pathlib.Path]:
+    """Where the installed package keeps its configs; none in a checkout that is not installed."""
     spec = importlib.util.find_spec("jaxreason.configs")
-    folders = spec.submodule_search_locations if spec else []
-    return sorted(p.stem for f in folders for p in pathlib.Path(f).glob("[a-z]*.py"))
+    return [pathlib.Path(folder) for folder in spec.submodule_search_locations] if spec else []
+
+
+def shipped_configs() -> list[str]:
+    return sorted(p.stem for folder in shipped_folders() for p in folder.glob("[a-z]*.py"))
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -84,9 +88,7 @@ def load_config(spec: str) -> ConfigDict:
     name, _, arg = spec.partition(":")
     stem = name.removesuffix(".py")
     places = [pathlib.Path(f"{stem}.py"), pathlib.Path("configs") / f"{stem}.py"]
-    shipped = importlib.util.find_spec("jaxreason.configs")
-    if shipped is not None:
-        places += [pathlib.Path(f) / f"{stem}.py" for f in shipped.submodule_search_locations]
+    places += [folder / f"{stem}.py" for folder in shipped_folders()]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise ValueError(
