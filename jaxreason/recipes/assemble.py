@@ -125,16 +125,21 @@ def _training_texts(spec: ConfigDict, data_dir: pathlib.Path):
 
 
 def chat_template(config: ConfigDict, tokenizer: Tokenizer) -> chat.ChatTemplate:
-    name = config.chat.template
-    if name == "checkpoint":
-        name = checkpoints.parse(config.init["from"]).chat_template()
-    return chat.template_for(name, tokenizer)
+    return chat.template_for(template_name(config), tokenizer)
+
+
+def template_name(config: ConfigDict) -> str:
+    """`checkpoint` becomes the name of the template that init.from was trained with."""
+    if config.chat.template != "checkpoint":
+        return config.chat.template
+    first = config if "init" in config else next(iter(config.stages.values()))
+    return checkpoints.parse(first.init["from"]).chat_template()
 
 
 def data_config(config: ConfigDict, stage: ConfigDict) -> DataConfig:
     """`stage.data` as the pipeline takes it; its own ValueErrors name the keys."""
     fields = stage.data.to_dict()
-    return DataConfig(**fields, chat_template=config.chat.template, seed=config.seed)
+    return DataConfig(**fields, chat_template=template_name(config), seed=config.seed)
 
 
 def from_section(cls, section: ConfigDict | dict):

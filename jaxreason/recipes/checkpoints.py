@@ -38,8 +38,15 @@ class Checkpoint:
         return DecoderConfig(**config["architecture"])
 
     def chat_template(self) -> str:
-        """The name of the template it was trained with; Hugging Face Qwen3 has Qwen3's."""
-        return "qwen3" if self.kind == "hf" else self._run_config()["config"]["chat"]["template"]
+        """The name of the template it was trained with; Hugging Face Qwen3 has Qwen3's.
+
+        Raises ValueError when there is none: random parameters were never given one.
+        """
+        if self.directory is None:
+            raise ValueError(
+                f"chat.template is 'checkpoint', but init.from is {self.text!r}, which has none"
+            )
+        return "qwen3" if self.kind == "hf" else self._run_config()["chat_template"]
 
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError when there is none: random parameters were never given one."""

@@ -61,7 +61,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         with _naming(config, stage.name):
             pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
     evaluate = evaluation.build(config, workdir, tokenizer, model)
-    describe(workdir, model, stages[0].data.length)
+    describe(config, workdir, model, stages[0].data.length)
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")
 
     # --- training ---------------------------------------------------------------------------------
@@ -96,11 +96,12 @@ def prepare_data(config: ConfigDict, workdir: Workdir, progress: Progress) -> No
         prepare_arithmetic(ArithmeticConfig(**config.arithmetic.to_dict()), target)
 
 
-def describe(workdir: Workdir, model: LanguageModel, length: int) -> None:
+def describe(config: ConfigDict, workdir: Workdir, model: LanguageModel, length: int) -> None:
     """config.json: what is known once the model stands."""
     mesh = dict(model.mesh.shape) if model.mesh is not None else dict.fromkeys(AXES, 1)
     workdir.describe(
         architecture=dataclasses.asdict(model.config),
+        chat_template=assemble.template_name(config),
         parameters=model.num_params,
         flops_per_token=flops_per_token(model, length),
         mesh=mesh,
