@@ -81,18 +81,17 @@ def make_optimizer(config: OptimizerConfig, axes: Params) -> optax.GradientTrans
             1.0, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
             mask=decays,
         )  # fmt: skip
-    return optax.contrib.muon(
+    muon = optax.contrib.muon(
         1.0,
         beta=0.95,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decays,
         adam_b1=config.b1,
         adam_b2=config.b2,
-        adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=jax.tree.map(_muon_dims, axes, is_leaf=_is_axes),
         # Updates of Adam's size, so that one learning rate serves both groups (arXiv 2502.16982).
         consistent_rms=0.2,
     )
+    # Muon's own mask does not reach the weights it leaves to Adam: it would decay the norms.
+    return optax.chain(muon, optax.add_decayed_weights(-config.weight_decay, decays))
 
 
 def _is_axes(node) -> bool:
