@@ -34,8 +34,9 @@ def make_train_step(
     """
 
     def step_fn(state: TrainState, batch, frozen):
-        totals = jax.tree.map(lambda w: jnp.where(w > 0, w, 1.0), objective.weights(batch))
-        first = next(iter(totals))
+        weights = objective.weights(batch)
+        first = next(iter(weights))  # before any tree.map, which sorts the names
+        totals = {name: jnp.where(w > 0, w, 1.0) for name, w in weights.items()}
 
         def mean_loss(params, piece):
             loss = objective.loss(model, params, frozen, piece)
@@ -56,7 +57,7 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes, state.params))
             (loss, means, grads), _ = jax.lax.scan(accumulate, zeros, pieces)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
         if clip_norm:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -77,7 +78,7 @@ def make_train_step(
             **means,
             "grad_norm": grad_norm,
             "learning_rate": rate,
-            "num_tokens": objective.weights(batch)[first],
+            "num_tokens": weights[first],
             "nonfinite": state.nonfinite,
         }
         return state, metrics
