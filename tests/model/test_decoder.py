@@ -1,4 +1,4 @@
-"""The decoder: what may influence what, and that no way of executing it changes what it computes."""
+"""The decoder: what may influence what; and no way of executing it changes what it computes."""
 
 import functools
 

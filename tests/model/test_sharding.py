@@ -12,7 +12,7 @@ from jaxreason.parallel.mesh import AXES, make_mesh
 
 ROWS = [[20, 12], [32], [5, 6, 7], [30], [3, 3], [16, 16], [9], [31]]
 BATCH = packed_batch(ROWS, length=32, vocab=50, loss_share=0.6)
-# data, fsdp, tensor; and the valid entries of a table of 64: of two shards the last is part padding.
+# (data, fsdp, tensor), valid entries of a table of 64: with 50 the second shard is part padding.
 CASES = [((8, 1, 1), None), ((1, 8, 1), None), ((2, 2, 2), 50)]
 
 
