@@ -25,17 +25,18 @@ def get_config(arg: str = "") -> ConfigDict:
     c.arithmetic = defaults.arithmetic_config(
         min_operations=2,
         max_operations=4,
-        max_operand=10,
-        cap=99,
-        num_train=2_000 if smoke else 80_000,
+        max_operand=12,
+        cap=200,
+        num_train=3_000 if smoke else 51_200,
         num_test=30 if smoke else 400,
-        recheck_share=0.15,
-        mistake_share=0.05,
+        recheck_share=0.2,
+        mistake_share=0.1,
     )
+    steps = 60 if smoke else 400
     c.stages = {
-        "pretrain": _stage("text", "random", steps=60 if smoke else 200, rows=43, examples=384),
-        "sft_answer": _stage("answer", "@pretrain", steps=60 if smoke else 1000, rows=14),
-        "sft_cot": _stage("long_cot", "@pretrain", steps=60 if smoke else 1000, rows=38),
+        "pretrain": _stage("text", "random", steps=60 if smoke else 120, rows=46, examples=512),
+        "sft_answer": _stage("answer", "@pretrain", steps=steps, rows=12, examples=128),
+        "sft_cot": _stage("long_cot", "@pretrain", steps=steps, rows=45, examples=128),
     }
     c.run.save_every = 20 if smoke else 200
     c.log.every = 5 if smoke else 20
@@ -48,7 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def _stage(rendering: str, start: str, steps: int, rows: int, examples: int = 96) -> dict:
+def _stage(rendering: str, start: str, steps: int, rows: int, examples: int) -> dict:
     stage = defaults.stage_config()
     stage["init"]["from"] = start
     prompt = "" if rendering == "text" else PROMPT
@@ -63,10 +64,12 @@ def _stage(rendering: str, start: str, steps: int, rows: int, examples: int = 96
             )
         },
         rows=rows,
-        length=128,
+        length=160,
         packing="per_batch",
         examples_per_batch=examples,
     )
     stage["train"]["steps"] = steps
-    stage["train"]["optimizer"].update(learning_rate=4e-3, warmup_steps=min(50, steps // 4))
+    stage["train"]["optimizer"].update(
+        name="muon", learning_rate=6e-3, weight_decay=0.05, warmup_steps=min(50, steps // 4)
+    )
     return stage
