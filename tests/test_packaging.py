@@ -1,0 +1,167 @@
+"""What is shipped: configs that load, a README that is true, a wheel that runs."""
+
+import ast
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from jaxreason import launch
+from jaxreason.data.arithmetic import ArithmeticConfig
+from jaxreason.model.config import preset
+from jaxreason.recipes import assemble
+from jaxreason.train import optim
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+ARGUMENTS = {
+    "quickstart": ("", "smoke"),
+    "pretrain": ("", "smoke", "b200"),
+    "sft": ("", "smoke", "hf"),
+    "eval": ("", "smoke", "arithmetic"),
+}
+
+
+def python_files(folder: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py"))
+
+
+# --------------------------------------------------------------------------------- the configs
+
+
+def test_every_shipped_config_is_listed_and_documented():
+    shipped = {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")}
+    assert shipped == set(ARGUMENTS)
+    for name in shipped:
+        assert f"| `{name}` |" in README
+        lab_note = ast.get_docstring(ast.parse((ROOT / f"configs/{name}.py").read_text()))
+        assert "python -m jaxreason.launch" in lab_note and ":smoke" in lab_note
+
+
+@pytest.mark.parametrize("name, arg", [(n, arg) for n, args in ARGUMENTS.items() for arg in args])
+def test_shipped_config_loads_and_describes_what_can_be_built(name, arg, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = launch.load_config(f"{name}:{arg}")
+    assert config.recipe in launch.RECIPES
+    if "arithmetic" in config:
+        ArithmeticConfig(**config.arithmetic.to_dict())
+    fields = config.model.to_dict()
+    preset(fields.pop("preset"), **{k: v for k, v in fields.items() if v is not None})
+    stages = {"pipeline": lambda: config.stages.values(), "fit": lambda: [config]}
+    for stage in stages.get(config.recipe, list)():
+        data = dict(stage.data.to_dict(), chat_template="plain")
+        assemble.DataConfig(**data)
+        optimizer = assemble.from_section(optim.OptimizerConfig, stage.train.optimizer)
+        optim.make_schedule(optimizer, stage.train.steps)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_unknown_argument_is_named_with_the_known_ones(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=rf"--config={name}:tiny: the argument is nothing.*smoke"):
+        launch.load_config(f"{name}:tiny")
+
+
+def test_the_config_of_the_docs_is_one_that_works(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    config = launch.load_config("mine")
+    source = assemble.DataConfig(**config.data.to_dict()).sources["mine"]
+    assert (source.reasoning_field, source.response_field) == ("solution", "answer")
+
+
+# ---------------------------------------------------------------------------------- the README
+
+
+def test_readme_begins_with_the_two_commands():
+    run, test = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:2]
+    assert run.endswith("-m jaxreason.launch") and test.endswith("-m pytest")
+    for command in (run, test):
+        assert "\n" not in command and " && " in command
+
+
+def test_ci_runs_the_readmes_test_command():
+    """The same awk program, so that a moved comment does not leave CI with nothing to run."""
+    program = re.search(r"awk '(.*?)' README\.md", (ROOT / ".ci/run").read_text(), re.DOTALL)[1]
+    found = subprocess.run(["awk", program, ROOT / "README.md"], capture_output=True, text=True)
+    assert found.stdout == re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/scaling.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text())
+    assert links
+    for link in links:
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = README.split("## The code")[1].split("```")[1]
+    shelves = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
+    folders = {p.parent.name for p in (ROOT / "jaxreason").glob("*/__init__.py")}
+    assert shelves == folders
+    for folder in re.findall(r"^(\w+)/", tree, re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+# ----------------------------------------------------------------------------------- the wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> pathlib.Path:
+    """Built from a copy: setuptools leaves a build folder in the tree."""
+    source = tmp_path_factory.mktemp("source") / "jaxreason"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("jaxreason", "configs"):
+        shutil.copytree(ROOT / name, source / name)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        source / "w",
+    ]
+    subprocess.run([*pip, source], check=True)
+    (built,) = (source / "w").glob("*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_the_configs_and_the_licence(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+        metadata = file.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+    configs = {f"jaxreason/{path}" for path in python_files("configs")}
+    code = {name for name in names if name.endswith(".py")}
+    assert code == configs | set(python_files("jaxreason"))
+    assert any(name.endswith("LICENSE") for name in names)
+    base = [r for r in re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) if "extra ==" not in r]
+    assert not [requirement for requirement in base if "[" in requirement]
+    assert {"cuda", "tpu", "test", "dev"} == set(
+        re.findall(r"^Provides-Extra: (.*)$", metadata, re.M)
+    )
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_in_an_empty_environment_from_another_directory(wheel, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    run = [python, "-m", "jaxreason.launch", "--config=quickstart:smoke", "--workdir=run"]
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PYTHON"))}
+    subprocess.run(run, check=True, cwd=tmp_path, env=keep)
+    assert (tmp_path / "run/summary.json").stat().st_size > 0
+    where = "import jaxreason; print(jaxreason.__file__)"
+    found = subprocess.run([python, "-c", where], cwd=tmp_path, env=keep, capture_output=True)
+    assert str(tmp_path) in found.stdout.decode()
