@@ -34,9 +34,9 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     steps = 60 if smoke else 400
     c.stages = {
-        "pretrain": _stage("text", "random", steps=60 if smoke else 120, rows=46, examples=512),
-        "sft_answer": _stage("answer", "@pretrain", steps=steps, rows=12, examples=128),
-        "sft_cot": _stage("long_cot", "@pretrain", steps=steps, rows=45, examples=128),
+        "pretrain": _stage("text", "random", steps=60 if smoke else 120, rows=48, examples=512),
+        "sft_answer": _stage("answer", "@pretrain", steps=steps, rows=16, examples=128),
+        "sft_cot": _stage("long_cot", "@pretrain", steps=steps, rows=48, examples=128),
     }
     c.run.save_every = 20 if smoke else 200
     c.log.every = 5 if smoke else 20
