@@ -77,10 +77,10 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         evals[stage.name] = evaluate_once(
             config, workdir, evaluate, stage.name, load, stage.fit.steps, progress
         )
-        if config.run.export:
-            target = workdir.path / "hf" / stage.name
-            if not target.exists():
-                assemble.export(config, model, load(), tokenizer, target)
+        export = {"steps": stage.fit.steps, "dtype": config.run.export_dtype}
+        if config.run.export and workdir.marker(f"{stage.name}.export") != export:
+            assemble.export(config, model, load(), tokenizer, workdir.path / "hf" / stage.name)
+            workdir.mark(f"{stage.name}.export", export)
 
     # --- report -----------------------------------------------------------------------------------
     done = {stage.name: workdir.marker(stage.name) for stage in stages}
