@@ -23,7 +23,7 @@ def decode_attention(
     value are already there, at lengths_b - 1. What lies beyond is ignored as long as it is finite.
     A row of length 0 gives zeros. `scale` defaults to H ** -0.5; `soft_cap` as in AttentionMask.
     The cache is read as it lies, [B, K, S, H]: each head's keys are contiguous and the einsum needs
-    no transpose, twice as fast on CPU as [B, S, K, H] (facts/jax-stack.md section 7).
+    no transpose: about twice as fast on CPU as [B, S, K, H].
     """
     B, N, H = q_BNH.shape
     K, S = k_BKSH.shape[1:3]
