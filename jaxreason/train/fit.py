@@ -159,9 +159,8 @@ class _Reporter:
             job.progress.say(f"{job.stage}: step {step} skipped, its gradient is not finite")
         if nonfinite >= job.config.max_nonfinite:
             raise NonFinite(
-                f"stage {job.stage}: {nonfinite} consecutive steps up to step {step} had a "
-                f"non-finite loss or gradient; the last batch is the one before data state "
-                f"{job.pipeline.get_state()}"
+                f"stage {job.stage}: the loss or the gradient of {nonfinite} consecutive steps was "
+                f"not finite, on batches {step - nonfinite + 1} to {step} of its data"
             )
         if step % job.config.log_every and step != job.config.steps:
             return
