@@ -115,7 +115,7 @@ def test_muon_leaves_norms_and_the_embedding_to_adam():
 
 
 def test_muon_updates_are_of_adams_size():
-    """So that one learning rate serves both groups: root mean square near 0.2 (arXiv 2502.16982)."""
+    """Root mean square near 0.2, so that one learning rate serves both (arXiv 2502.16982)."""
     updates, _ = first_update("muon", zero_gradient=False, weight_decay=0.0)
     for weight in MATRICES:
         assert 0.1 < np.sqrt(np.mean(np.square(updates[weight]))) < 0.3, weight

@@ -203,7 +203,7 @@ def test_the_state_is_donated_and_the_step_compiled_once(compilations):
 
 
 def test_on_a_mesh_the_steps_are_the_same(compilations):
-    """2 x 2 x 2 devices, two microbatches of a row a device: born sharded, compiled once, donated."""
+    """Eight devices, two microbatches of a row each: born sharded, compiled once, donated."""
     step, first = language_model_step(tiny_model())
     want = three_losses(step, first(), BATCH, compilations)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})

@@ -1,0 +1,63 @@
+"""A mesh that fits, and an error with both numbers where it does not."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxreason.parallel import hosts, rules
+from jaxreason.parallel.mesh import AXES, make_mesh, resolve_shape
+
+
+def test_one_axis_takes_the_rest():
+    assert resolve_shape({"data": -1}, 8) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert resolve_shape({"fsdp": -1, "tensor": 2}, 8) == {"data": 1, "fsdp": 4, "tensor": 2}
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert mesh.axis_names == AXES and mesh.devices.shape == (2, 2, 2)
+    assert mesh.devices.flatten().tolist() == jax.devices()  # tensor neighbours are neighbours
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ({"model": 2}, "mesh.shape has axis 'model'; axes are data, fsdp, tensor"),
+        ({"data": 0}, r"mesh.shape.data is 0; it must be at least 1, or -1"),
+        ({"data": -1, "fsdp": -1}, "-1 for data and fsdp; only one axis"),
+        ({"data": -1, "tensor": 3}, "8 devices are not a multiple of 3"),
+        ({"data": 2, "fsdp": 2}, "needs 4 devices, but there are 8"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_named(shape, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_shape(shape, 8)
+
+
+def test_rows_are_cut_evenly_or_refused():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    hosts.check_rows(mesh, rows=16, microbatches=2, num_shards=4)
+    with pytest.raises(ValueError, match=r"data.rows = 12 is not a multiple of .* = 4 \* 2"):
+        hosts.check_rows(mesh, rows=12, microbatches=2, num_shards=4)
+    with pytest.raises(ValueError, match=r"= 6 is not a multiple of mesh axes data x fsdp = 4"):
+        hosts.check_rows(mesh, rows=12, microbatches=2, num_shards=2)
+    hosts.check_rows(None, rows=3, microbatches=1, num_shards=1)
+
+
+def test_the_table():
+    assert rules.spec(("batch", "length", "heads")) == PartitionSpec(
+        ("data", "fsdp"), None, "tensor"
+    )
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert [rules.axis_size(mesh, name) for name in ("batch", "embed", "length")] == [4, 2, 1]
+    with pytest.raises(
+        ValueError,
+        match=r"weight wq: dim 1 \(heads\) = 3 is not a multiple of mesh axis tensor = 2",
+    ):
+        rules.sharding(mesh, "wq", (4, 3, 8), ("embed", "heads", "head_dim"))
+
+
+def test_global_rows_are_the_rows_given():
+    mesh = make_mesh({"data": 4, "fsdp": 2})
+    rows = {"a": np.arange(16).reshape(8, 2), "b": np.arange(8.0)}
+    made = hosts.to_global(mesh, rows)
+    assert made["a"].sharding.shard_shape((8, 2)) == (1, 2)
+    jax.tree.map(np.testing.assert_array_equal, made, rows)
