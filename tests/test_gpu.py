@@ -1,0 +1,103 @@
+"""On a real GPU: JAX_PLATFORMS=cuda python -m pytest -m gpu (no data packages needed).
+
+bf16 tolerances: 8 bits of mantissa, so about 1e-2 relative to the largest value.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxreason.kernels import blockwise, linear_xent, reference
+from jaxreason.model.config import preset
+from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.objectives.lm import LanguageModeling
+from jaxreason.rollout.sample import build_generate
+from jaxreason.train import optim
+from jaxreason.train import state as state_lib
+from jaxreason.train.step import make_train_step
+from jaxreason.types import AttentionMask, Batch, Sampling
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU (JAX_PLATFORMS=cuda)"),
+]
+SHAPE = preset("qwen3-0.6b", num_layers=2, vocab_size=8192)
+
+
+def random_batch(rows: int, length: int) -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SHAPE.vocab_size, (rows, length + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 4, (rows, length)), axis=1).astype(np.int32)
+    starts = np.stack([np.searchsorted(row, row) for row in segments])
+    return Batch(
+        tokens_BT=tokens[:, :-1],
+        targets_BT=tokens[:, 1:],
+        weights_BT=np.ones((rows, length), np.float32),
+        segments_BT=segments,
+        positions_BT=(np.arange(length) - starts).astype(np.int32),
+    )
+
+
+def close(found, wanted, tolerance: float) -> None:
+    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+    assert np.abs(found - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-6)
+
+
+def test_blockwise_attention_and_its_gradients():
+    batch = random_batch(2, 512)
+    segments = jnp.asarray(batch.segments_BT)
+    mask = AttentionMask(q_segments_BT=segments, kv_segments_BS=segments)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (
+        jax.random.normal(key, (2, 512, heads, 128), jnp.bfloat16)
+        for key, heads in zip(keys, (16, 8, 8, 16))
+    )
+
+    def run(attention, *operands):
+        out, pullback = jax.vjp(lambda *x: attention(*x, mask)[0], *operands)
+        return out, *pullback(g.astype(out.dtype))
+
+    wanted = run(reference.attention, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for found, want in zip(jax.jit(lambda *x: run(blockwise.attention, *x))(q, k, v), wanted):
+        close(found, want, 2e-2)
+
+
+def test_head_loss_and_its_gradients():
+    keys = jax.random.split(jax.random.key(0), 3)
+    h = jax.random.normal(keys[0], (512, 256), jnp.bfloat16)
+    w = 0.05 * jax.random.normal(keys[1], (8192, 256), jnp.float32)
+    targets, weights = jax.random.randint(keys[2], (512,), 0, 8192), jnp.ones(512)
+    loss = lambda fn: jax.value_and_grad(lambda h, w: fn(h, w, targets, weights)[0], (0, 1))
+    found, wanted = jax.jit(loss(linear_xent.linear_xent))(h, w), loss(reference.linear_xent)(h, w)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        close(a, b, 2e-2)
+
+
+def test_training_in_bfloat16_learns_a_batch():
+    model = LanguageModel(SHAPE, Execution(dtype="bfloat16", scan_layers=True, remat="full"))
+    config = optim.OptimizerConfig(learning_rate=1e-3)
+    optimizer, schedule = optim.make_optimizer(config, model.axes), optim.make_schedule(config, 20)
+    step = make_train_step(model, LanguageModeling(), optimizer, schedule, clip_norm=1.0)
+    state, losses = state_lib.create(model, optimizer, jax.random.key(0)), []
+    for _ in range(20):
+        state, metrics = step(state, random_batch(4, 512), None)
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_sampled_logprobs_are_the_trainers():
+    model = LanguageModel(SHAPE, Execution(dtype="float32", scan_layers=True))
+    params = model.init(jax.random.key(0))
+    generate = build_generate(model, list, str, eos_id=0, rows=8)
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    rows = generate(params, prompts, Sampling(max_tokens=32, num_samples=4), jax.random.key(1))
+    for prompt, completions in zip(prompts, rows):
+        for completion in completions:
+            ids = np.array([*prompt, *completion.ids], np.int32)[None]
+            ones, positions = np.ones_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None]
+            h_BTD = model.hidden(params, ids[:, :-1], ones[:, :-1], positions[:, :-1])
+            logp_BT = model.logprobs(params, h_BTD, ids[:, 1:])[0]
+            # TF32 matmuls keep 10 bits of mantissa
+            close(completion.logprobs, logp_BT[0, len(prompt) - 1 :], 2e-3)
