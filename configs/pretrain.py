@@ -7,7 +7,7 @@
 Data: JSONL files with a `text` field under $JAXREASON_DATA (default ../shared/data): text_books/
 train-*.jsonl.gz and val.jsonl. Any such files do: --config.data.sources.books.path=GLOB.
 
-The default run: 400 updates of 16 x 256 tokens on 2 CPU cores. docs/benchmarks.md has its
+The default run: 250 updates of 16 x 256 tokens with Muon on 2 CPU cores. docs/benchmarks.md has its
 validation bits per byte.
 
 :b200: Qwen3 shape with 24 layers, 1,519,230,976 parameters, 10.32 GFLOP a token (causal, 4,096).
@@ -46,10 +46,12 @@ def _books() -> ConfigDict:
         )
     }
     c.data.update(rows=16, length=256, packing="concat")
-    c.train.steps = 400
-    c.train.optimizer.update(learning_rate=3e-3, warmup_steps=40, schedule="wsd", decay_steps=80)
-    c.run.save_every = 100
-    c.eval.every = 100
+    c.train.steps = 250
+    c.train.optimizer.update(
+        name="muon", learning_rate=4e-3, warmup_steps=20, schedule="wsd", decay_steps=100
+    )
+    c.run.save_every = 50
+    c.eval.every = 50
     c.eval.sets = {"books": defaults.text_eval("text_books/val.jsonl", length=256)}
     return c
 
