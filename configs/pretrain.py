@@ -45,7 +45,8 @@ def _books() -> ConfigDict:
             name="books", path="text_books/train-*.jsonl.gz", text_field="text"
         )
     }
-    c.data.update(rows=16, length=256, packing="concat")
+    # A book is read from end to end: a shard a row, so that an update reads sixteen books.
+    c.data.update(rows=16, length=256, packing="concat", num_shards=16)
     c.train.steps = 250
     c.train.optimizer.update(
         name="muon", learning_rate=4e-3, warmup_steps=20, schedule="wsd", decay_steps=100
@@ -60,7 +61,7 @@ def _smoke() -> ConfigDict:
     c = _books()
     c.model = defaults.model_config("qwen3-tiny", vocab_size=1024)
     c.tokenizer.update(vocab_size=1024, max_bytes=500_000)
-    c.data.update(rows=8, length=128)
+    c.data.update(rows=8, length=128, num_shards=8)
     c.train.steps = 20
     c.train.optimizer.update(warmup_steps=5, decay_steps=5)
     c.run.save_every, c.log.every, c.eval.every = 10, 5, 0
