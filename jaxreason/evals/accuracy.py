@@ -50,7 +50,8 @@ def evaluate(
 
     Metrics, with k of `ks` and n samples: `avg@k`, `avg@k_ci` (95 %, over problems), `pass@k`,
     `maj@n`, `mean_tokens` and `truncated` (over all samples), `token_efficiency` (avg@k of the
-    first k over mean_tokens), `by_operations` {group: {avg@k of the first k, count, mean_tokens}}.
+    first k over mean_tokens), and where problems have groups `by_operations` {group: {avg@k of the
+    first k, count, mean_tokens}}.
 
     Raises:
       ValueError: no problems, or a k larger than the number of samples.
@@ -81,7 +82,8 @@ def evaluate(
     metrics["mean_tokens"] = float(tokens_QR.mean())
     metrics["truncated"] = float(truncated_QR.mean())
     metrics["token_efficiency"] = metrics[f"avg@{ks[0]}"] / max(metrics["mean_tokens"], 1.0)
-    metrics["by_operations"] = _by_group(problems, correct_QR, tokens_QR, ks[0])
+    if any(problem.group for problem in problems):
+        metrics["by_operations"] = _by_group(problems, correct_QR, tokens_QR, ks[0])
     samples = [_sample(*row) for row in zip(problems, completions, grades, strict=True)]
     return Result(metrics, samples)
 

@@ -147,7 +147,7 @@ def _set(name: str, evals: Mapping[str, Mapping[str, Any]], palette: plots.Palet
     intervals = {s: (row[metric], *row[f"{metric}_ci"]) for s, row in scored.items()}
     tokens = {s: (row["mean_tokens"], row[metric]) for s, row in scored.items()}
     groups = {
-        stage: {group: values[metric] for group, values in row["by_operations"].items()}
+        stage: {group: values[metric] for group, values in row.get("by_operations", {}).items()}
         for stage, row in scored.items()
     }
     several = len({group for by_group in groups.values() for group in by_group}) > 1
