@@ -1,0 +1,113 @@
+"""Steps for machines that are not here: lowered on CPU devices, compiled for absent GPUs."""
+
+import importlib.util
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxreason import launch
+from jaxreason.model.config import preset
+from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.objectives.lm import LanguageModeling
+from jaxreason.parallel import chips, rules
+from jaxreason.parallel.mesh import make_mesh
+from jaxreason.recipes import assemble
+from jaxreason.recipes import fit as fit_recipe
+from jaxreason.recipes.pipeline import stages_of
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.train import optim
+from jaxreason.train import state as state_lib
+from jaxreason.train.step import make_train_step
+from jaxreason.types import Batch
+
+
+def abstract_batch(mesh, rows, length) -> Batch:
+    place = jax.sharding.NamedSharding(mesh, rules.spec(("batch",)))
+    shape = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
+    return Batch(
+        tokens_BT=shape(jnp.int32),
+        targets_BT=shape(jnp.int32),
+        weights_BT=shape(jnp.float32),
+        segments_BT=shape(jnp.int32),
+        positions_BT=shape(jnp.int32),
+    )
+
+
+class Captured(Exception):
+    """Carries the job that a recipe was about to run."""
+
+
+def the_job_of(config, stage, model, folder, monkeypatch):
+    """What `recipes.fit.run_stage` hands to the loop; the data is not opened."""
+
+    def capture(job, *_):
+        raise Captured(job)
+
+    monkeypatch.setattr(fit_recipe, "fit", capture)
+    monkeypatch.setattr(fit_recipe.pipeline_lib, "build", lambda *_: None)
+    evaluation = types.SimpleNamespace(texts={}, validate=None)
+    with pytest.raises(Captured) as captured:
+        fit_recipe.run_stage(config, stage, model, None, Workdir(folder), None, None, evaluation)
+    return captured.value.args[0]
+
+
+def test_pretraining_on_b200_lowers_its_exact_step(tmp_path, monkeypatch):
+    """pretrain.py:b200 on eight devices: lowered, not compiled. `auto` is what it is on GPUs."""
+    config = launch.load_config("pretrain:b200")
+    config.mesh.update(dtype="bfloat16", scan_layers="true")
+    (stage,) = stages_of(config)
+    qwen3_entries = types.SimpleNamespace(vocab_size=151_669)
+    shape = assemble.architecture(config, stage.start)
+    model = assemble.language_model(config, shape, qwen3_entries)
+    assert model.num_params == 1_519_230_976
+    assert dict(model.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    job = the_job_of(config, stage, model, tmp_path, monkeypatch)
+    assert job.flops_per_token == pytest.approx(10.32e9, rel=0.01)
+    assert stage.data.rows * stage.data.length == 1_048_576
+    assert 80e9 < stage.fit.steps * stage.data.rows * stage.data.length < 100e9
+    assert stage.optimizer.schedule == "wsd"
+
+    state = state_lib.abstract(model, job.optimizer)
+    batch = abstract_batch(model.mesh, stage.data.rows, stage.data.length)
+    lowered = job.train_step.lower(state, batch, None)
+    text = lowered.as_text()
+    assert "tensor<256x4096xi32>" in text  # the whole batch, cut into two microbatches inside
+    assert "tensor<2x128x4096xi32>" in text
+    assert "tensor<151936x2048xf32>" in text and "tensor<24x2048x6144xf32>" in text
+    assert "128x4096x151936" not in text  # no logits_BTV, of any type
+    donated = [leaf.donated for leaf in jax.tree.leaves(lowered.args_info[0][0])]
+    assert all(donated) and len(donated) > 30
+
+
+@pytest.mark.hardware_free
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="compiling for a GPU that is not here needs the CUDA plugin: pip install .[cuda]",
+)
+@pytest.mark.parametrize("chip", ["b200", "h200"])
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_the_step_compiles_for_absent_gpus(chip, shape):
+    """Two layers as wide as qwen3-0.6b, 64 rows of 1,024, on eight GPUs."""
+    mesh = make_mesh(shape, chips.absent_gpus(chip))
+    config = preset("qwen3-0.6b", num_layers=2, vocab_size=8192)
+    model = LanguageModel(
+        config, Execution(dtype="bfloat16", remat="full", scan_layers=True), mesh, valid_vocab=8000
+    )
+    optimizer = optim.make_optimizer(optim.OptimizerConfig(), model.axes)
+    schedule = optim.make_schedule(optim.OptimizerConfig(warmup_steps=10), 100)
+    step = make_train_step(model, LanguageModeling(), optimizer, schedule, clip_norm=1.0)
+    state, batch = state_lib.abstract(model, optimizer), abstract_batch(mesh, 64, 1024)
+    compiled = step.lower(state, batch, None).compile()
+
+    memory = compiled.memory_analysis()
+    held = 3 * 4 * model.num_params  # float32 weights and two moments
+    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert held / ways < memory.argument_size_in_bytes < 1.1 * held / ways + 2**20
+    assert memory.alias_size_in_bytes >= held / ways
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert total < chips.CHIPS[chip].memory
+    text = compiled.as_text()
+    assert "all-gather" in text and ("reduce-scatter" in text or "all-reduce" in text)
