@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import VOCAB, tiny_model, tiny_params
 
+from jaxreason.model.decoder import Execution
+
 LENGTHS = np.array([3, 12, 7])
 NEW = 8  # tokens decoded after each prompt
 PROMPT = 12  # right-padded
@@ -25,7 +27,7 @@ def decode_greedily(model, params, tokens_BT):
 
 def test_decoding_equals_the_full_forward_pass():
     """Prompts of three lengths; the padding holds tokens that must not be read."""
-    model, params = tiny_model(), tiny_params()
+    model, params = tiny_model(execution=Execution()), tiny_params()
     tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (3, PROMPT)).astype(np.int32)
     run = jax.jit(lambda p, tokens_BT: decode_greedily(model, p, tokens_BT))
     logits_TBV, new_TB = run(params, tokens_BT)
@@ -48,7 +50,7 @@ def test_decoding_equals_the_full_forward_pass():
 
 
 def test_a_slot_does_not_read_its_neighbours():
-    model, params = tiny_model(), tiny_params()
+    model, params = tiny_model(execution=Execution()), tiny_params()
     tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (3, PROMPT)).astype(np.int32)
     run = jax.jit(lambda p, tokens_BT: decode_greedily(model, p, tokens_BT))
     before, _ = run(params, tokens_BT)

@@ -1,5 +1,6 @@
 """The decoder: what may influence what; and no way of executing it changes what it computes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import (
+    QUICK,
     VOCAB,
     assert_trees_close,
     loss_and_gradients,
@@ -47,14 +49,14 @@ def test_each_position_reads_its_own_document_up_to_itself(attention):
     "execution",
     [
         Execution(),
-        Execution(remat="full"),
+        Execution(scan_layers=True),
         Execution(scan_layers=True, remat="full"),
-        Execution(scan_layers=True, attention="reference"),
+        Execution(attention="reference", remat="full"),
     ],
     ids=str,
 )
 def test_execution_changes_nothing(execution):
-    """Against scanned layers without remat, blockwise: 80 positions are two blocks of queries."""
+    """Against scanned layers, no remat, reference attention: 80 positions are two blocks."""
     batch = packed_batch([[30, 45], [80]], length=80, loss_share=0.7)
     want = loss_and_gradients(tiny_model(), tiny_params(), batch)
     got = loss_and_gradients(tiny_model(execution=execution), tiny_params(), batch)
@@ -66,7 +68,7 @@ def test_remat_keeps_no_layer_activations():
     batch, layers, mlp = packed_batch([[64]] * 4, length=64), 8, 256
 
     def temp(remat):
-        execution = Execution(remat=remat, scan_layers=True)
+        execution = dataclasses.replace(QUICK, remat=remat)
         model = tiny_model(execution=execution, num_layers=layers, mlp_dim=mlp)
         fn = jax.jit(jax.grad(lambda p: mean_loss(model, p, batch)))
         return fn.lower(model.shapes).compile().memory_analysis().temp_size_in_bytes
@@ -78,7 +80,7 @@ def test_remat_keeps_no_layer_activations():
 def test_bfloat16_computes_close_to_float32():
     """bf16 rounds to 2**-9; a few dozen roundings on the way to the loss: 3 % bounds them."""
     batch = packed_batch([[20, 12]], length=32)
-    model = tiny_model(execution=Execution(dtype="bfloat16", scan_layers=True))
+    model = tiny_model(execution=dataclasses.replace(QUICK, dtype="bfloat16"))
     hidden = jax.eval_shape(
         model.hidden, model.shapes, batch.tokens_BT, batch.segments_BT, batch.positions_BT
     )

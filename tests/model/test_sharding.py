@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_models import assert_trees_close, packed_batch, tiny_model, tiny_params
 
+from jaxreason.model.decoder import Execution
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES, make_mesh
 
@@ -30,7 +31,10 @@ def evaluate(model, params, batch):
 @pytest.mark.parametrize("shape, valid_vocab", CASES, ids=str)
 def test_sharded_equals_unsharded(shape, valid_vocab):
     mesh = make_mesh(dict(zip(AXES, shape)))
-    model, alone = tiny_model(mesh, valid_vocab), tiny_model(None, valid_vocab)
+    model, alone = (
+        tiny_model(mesh, valid_vocab, Execution(scan_layers=True)),
+        tiny_model(None, valid_vocab),
+    )
     want = jax.jit(functools.partial(evaluate, alone))(tiny_params(), BATCH)
     params = jax.device_put(tiny_params(), model.shardings())
     rows = hosts.to_global(mesh, BATCH)
