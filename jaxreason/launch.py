@@ -16,6 +16,8 @@ import traceback
 
 from ml_collections import ConfigDict
 
+from jaxreason.parallel.allocator import keep_freed_memory
+
 _PLAIN = {
     int: "a whole number",
     float: "a number",
@@ -146,7 +148,8 @@ def _parse(key: str, text: str, wanted: type) -> object:
 
 
 def set_up_jax(config: ConfigDict) -> None:
-    """What must be said to XLA before the first device is touched."""
+    """What must be said before the first device is touched."""
+    keep_freed_memory()
     if config.run.deterministic:
         flag = "--xla_gpu_deterministic_ops=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
