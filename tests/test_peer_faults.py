@@ -112,12 +112,12 @@ def test_fault_08_padding_does_not_change_the_loss():
 
 def test_fault_09_accumulation_does_not_change_the_loss():
     """8 rows of 1 to 31 target tokens as 1 x 8, 2 x 4 and 8 x 1: loss and gradient norm."""
-    model = tiny_model(num_layers=1, execution=Execution(attention="reference"))
+    model = tiny_model()
     batch = packed_batch([[2], [32], [5, 6], [30], [3], [16, 16], [9], [28]], length=32)
     assert len(set(batch.weights_BT.sum(1))) == 8
 
     optimizer = optax.sgd(1.0)
-    state = state_lib.create(model, optimizer, jax.random.key(0))
+    state = state_lib.create(model, optimizer, jax.random.key(0), tiny_params())
 
     def run(microbatches):
         step = make_train_step(

@@ -1,6 +1,7 @@
 """The fit loop: resuming is bit-exact, logs have no step twice, and what stops a run."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -32,6 +33,11 @@ SCHEDULE = make_schedule(OptimizerConfig(warmup_steps=2), STEPS)
 TRAIN_STEP = make_train_step(MODEL, LanguageModeling(), OPTIMIZER, SCHEDULE, clip_norm=1.0)
 
 
+@functools.cache
+def first_params():
+    return jax.jit(MODEL.init)(jax.random.key(0))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pipeline_lib.DataConfig:
     path = tmp_path_factory.mktemp("data") / "lines.jsonl"
@@ -43,7 +49,7 @@ def data(tmp_path_factory) -> pipeline_lib.DataConfig:
     )  # fmt: skip
 
 
-def run(workdir, data, train_step=TRAIN_STEP, params=lambda: None, **changes):
+def run(workdir, data, train_step=TRAIN_STEP, params=first_params, **changes):
     """fit() in this workdir, everything but the compiled step built anew, as a new process would.
 
     The log has every step; validation (the norm of the parameters) comes every second step.

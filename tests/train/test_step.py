@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_models import assert_trees_close, assert_trees_equal, packed_batch, tiny_model
+from tiny_models import (
+    assert_trees_close,
+    assert_trees_equal,
+    packed_batch,
+    tiny_model,
+    tiny_params,
+)
 
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel import hosts
@@ -160,12 +166,13 @@ BATCH = packed_batch(DOCUMENTS, length=32, loss_share=0.6)
 
 
 def language_model_step(model, **options):
-    """An AdamW step that moves, and a maker of its first state."""
+    """An AdamW step that moves, and a maker of its first state (`params` None: random ones)."""
     optimizer = make_optimizer(OptimizerConfig(), model.axes)
     step = make_train_step(
         model, LanguageModeling(z_loss=1e-3), optimizer, lambda s: 1e-2, clip_norm=1.0, **options
     )
-    return step, lambda: state_lib.create(model, optimizer, jax.random.key(0))
+    create = lambda params: state_lib.create(model, optimizer, jax.random.key(0), params)
+    return step, create
 
 
 @pytest.fixture
@@ -193,7 +200,7 @@ def three_losses(step, state, batch, compilations):
 
 def test_the_state_is_donated_and_the_step_compiled_once(compilations):
     step, first = language_model_step(tiny_model())
-    state = first()
+    state = first(tiny_params())
     compiled = step.lower(state, BATCH, None).compile()
     held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt)))
     assert compiled.memory_analysis().alias_size_in_bytes >= held
@@ -205,10 +212,10 @@ def test_the_state_is_donated_and_the_step_compiled_once(compilations):
 def test_on_a_mesh_the_steps_are_the_same(compilations):
     """Eight devices, two microbatches of a row each: born sharded, compiled once, donated."""
     step, first = language_model_step(tiny_model())
-    want = three_losses(step, first(), BATCH, compilations)
+    want = three_losses(step, first(None), BATCH, compilations)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     step, first = language_model_step(tiny_model(mesh), microbatches=2, num_shards=4)
-    state = first()
+    state = first(None)
     embedding = state.params["embedding"]
     moment = state.opt[0].mu["embedding"]
     assert embedding.sharding == moment.sharding == tiny_model(mesh).shardings()["embedding"]
