@@ -1,18 +1,23 @@
 """Speed of the train step, decoding and the data, beside transformers where it is installed.
 
-  python tools/bench.py train decode data --rounds=7 --json=OUT.json
+  python tools/bench.py train decode data --json=bench.json
 
-Ours and theirs run in one process, in turn (A B A B), on the same shapes and weights; the table
-gives medians with min and max. float32 on CPU, bfloat16 on accelerators.
+Ours and theirs run in one process, in turn (A B A B), on the same weights and shapes, after a check
+that both compute the same: the losses of the first updates, the greedy tokens. The table gives
+medians with least and most, and the median of the rounds' ratios; beside it the same ratio by CPU
+time, which other work on the machine changes less. float32 on CPU, bfloat16 on accelerators.
 """
 
 import argparse
-import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
+import math
+import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,306 +25,385 @@ import tempfile
 import time
 from collections.abc import Callable
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[0]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # no installation needed
 
+import bench_peers as peers
 import jax
 import numpy as np
 import rich.console
 import rich.table
 
-from jaxreason.checkpoint import hf
 from jaxreason.model.config import DecoderConfig, preset
 from jaxreason.model.decoder import Execution, LanguageModel
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel.allocator import keep_freed_memory
 from jaxreason.rollout.sample import build_generate
-from jaxreason.train import optim
-from jaxreason.train import state as state_lib
+from jaxreason.train import optim, state
 from jaxreason.train.step import make_train_step
 from jaxreason.types import Batch, Sampling
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+Run = Callable[[], int]  # does the work, returns the tokens it made
 NO_EOS = -1  # an id that no token has: every completion runs to its limit
+DECODE_ROWS, PROMPT, NEW = 64, 16, 64
+ROUND_SECONDS = 0.5  # at least, for each side of a round
+OPTIMIZER = optim.OptimizerConfig(learning_rate=1e-4, schedule="constant")
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "torch", "transformers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model and the shapes it is timed on; the goals are issue A's, ours over theirs."""
+    """A model and the batch it trains on; the goals are ratios, ours over theirs."""
 
     name: str
     config: DecoderConfig
     rows: int
     length: int
-    steps: int  # train steps a round: long enough to time, short enough to take turns
     train_goal: float
     decode_goal: float
+    feeds: dict[str, str]  # data: name -> the shipped config (and stage) that names the source
 
 
 CASES = {
-    # The quickstart's model and its long-CoT batch.
-    "tiny": Case("tiny", preset("qwen3-tiny", vocab_size=261), 48, 160, 3, 0.95, 2.0),
-    "10m": Case("10m", preset("qwen3-10m"), 8, 256, 2, 0.95, 1.5),
-}
+    # The quickstart's model and its long-CoT batch (tests/tools/test_bench.py holds it to that).
+    "tiny": Case(
+        "tiny", preset("qwen3-tiny", vocab_size=261), 48, 160, 0.95, 2.0,
+        {"sft_cot": "quickstart:smoke"},
+    ),
+    "10m": Case(
+        "10m", preset("qwen3-10m"), 8, 256, 0.95, 1.5, {"books": "pretrain", "gsm8k": "sft"}
+    ),
+}  # fmt: skip
+DATA_GOAL = 10.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    rounds: int
+    deadline: float  # time.monotonic() after which no round begins
+    compiled: bool  # try torch.compile
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    """Rates (tokens/s) of every round; `theirs` is empty where there is no peer."""
+    """Rates (tokens/s) and CPU seconds a token of every round; no peer: `theirs` is empty."""
 
     suite: str
     case: str
-    ours: list[float]
-    theirs: list[float]
+    shape: str
     goal: float
-    peer: str
+    ours: list[float]
+    ours_cpu: list[float]
+    theirs: list[float]
+    theirs_cpu: list[float]
+    peer: str  # which one, or why there is none
 
     @property
     def ratio(self) -> float | None:
-        if not self.theirs:
-            return None
-        return statistics.median(self.ours) / statistics.median(self.theirs)
+        """The median of the rounds' ratios: what slows both sides of a round cancels."""
+        pairs = zip(self.ours, self.theirs)
+        return statistics.median(a / b for a, b in pairs) if self.theirs else None
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        pairs = zip(self.ours_cpu, self.theirs_cpu)
+        return statistics.median(b / a for a, b in pairs) if self.theirs_cpu else None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suites", nargs="*", default=["all"], help=f"{', '.join(SUITES)} or all")
-    parser.add_argument("--models", default="tiny,10m", help="which of " + ", ".join(CASES))
+    parser.add_argument("--models", default=",".join(CASES), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no suite starts after this")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no round begins after them")
+    parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures of every round here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     suites = list(SUITES) if "all" in args.suites else args.suites
-    for kind, given, known in (("suite", suites, SUITES), ("model", args.models.split(","), CASES)):
+    names = args.models.split(",")
+    for kind, given, known in (("suite", suites, SUITES), ("model", names, CASES)):
         for name in given:
             if name not in known:
                 parser.error(f"unknown {kind} {name!r}; there are {', '.join(known)}")
     keep_freed_memory()
-    console, began, results = rich.console.Console(), time.monotonic(), []
+    console = rich.console.Console()
+    console = console if console.is_terminal else rich.console.Console(width=160)
+    deadline = time.monotonic() + 60 * args.minutes
+    settings = Settings(args.rounds, deadline, not args.no_compile)
+    about, results = _machine(), []
     for suite in suites:
-        for name in args.models.split(","):
-            if time.monotonic() - began > 60 * args.minutes:
-                console.print(f"{suite} {name}: left out, {args.minutes:g} minutes are over")
-                continue
+        for name in names:
             console.print(f"{suite} {name} ...")
-            result = SUITES[suite](CASES[name], args.rounds)
-            results += [result] if result else []
+            for result in SUITES[suite](CASES[name], settings):
+                if isinstance(result, str):
+                    console.print(f"  left out: {result}")
+                else:
+                    results.append(result)
     console.print(_table(results))
     if args.json:
-        content = {"machine": _machine(), "results": [_record(r) for r in results]}
+        about["load_after"] = os.getloadavg()
+        content = {"machine": about, "results": [_record(r) for r in results]}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def in_turn(rounds: int, ours: Callable[[], int], theirs: Callable[[], int] | None):
-    """Tokens/s of `ours` and `theirs`, round by round; each returns the tokens it made."""
-    runs = [ours] if theirs is None else [ours, theirs]
-    for run in runs:
-        run()  # compiles, and warms what there is to warm
-    rates = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, found in zip(runs, rates, strict=True):
-            start = time.perf_counter()
-            tokens = run()
-            found.append(tokens / (time.perf_counter() - start))
-    return rates[0], rates[1] if theirs is not None else []
+# ------------------------------------------------------------------------------- measuring
 
 
-def execution() -> Execution:
-    if jax.default_backend() == "cpu":
-        return Execution()
-    return Execution(dtype="bfloat16", scan_layers=True)
+def in_turn(settings: Settings, ours: Run, theirs: Run | None) -> dict[str, list[float]]:
+    """The lists of a Result. Both have run before; each side of a round lasts ROUND_SECONDS."""
+    runs = {"ours": ours} if theirs is None else {"ours": ours, "theirs": theirs}
+    repeats = {name: math.ceil(ROUND_SECONDS / _fastest(run, 2)) for name, run in runs.items()}
+    found = {"ours": [], "ours_cpu": [], "theirs": [], "theirs_cpu": []}
+    for number in range(settings.rounds):
+        if number and time.monotonic() > settings.deadline:
+            break
+        for name, run in runs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens = sum(run() for _ in range(repeats[name]))
+            found[name].append(tokens / (time.perf_counter() - wall))
+            found[f"{name}_cpu"].append((time.process_time() - cpu) / tokens)
+    return found
 
 
-@contextlib.contextmanager
-def peer_model(config: DecoderConfig, params):
-    """The same weights in transformers; None (and why) where torch or transformers is missing."""
-    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
-    if missing:
-        yield None, f"{missing[0]} is not installed"
-        return
-    import torch
-    import transformers
-
-    on_gpu = jax.default_backend() == "gpu"
-    dtype, device = (torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        hf.export_hf(f"{folder}/model", config, params, eos_id=None, pad_id=None)
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(f"{folder}/model", dtype=dtype, attn_implementation="sdpa").to(device)
-        yield model, f"transformers {transformers.__version__}, torch {torch.__version__}"
+def best_variant(variants: dict[str, Run]) -> tuple[str, Run]:
+    """The fastest by its best of three runs, after one that warms it."""
+    seconds = {}
+    for name, run in variants.items():
+        run()
+        seconds[name] = _fastest(run, 3)
+    name = min(seconds, key=seconds.get)
+    return name, variants[name]
 
 
-def bench_train(case: Case, rounds: int) -> Result:
+def _fastest(run: Run, times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def language_model(case: Case) -> LanguageModel:
+    """As the recipes run it on this device: see recipes.assemble.execution."""
+    how = Execution() if on_cpu() else Execution(dtype="bfloat16", scan_layers=True)
+    return LanguageModel(case.config, how)
+
+
+# ---------------------------------------------------------------------------------- train
+
+
+def bench_train(case: Case, settings: Settings) -> list[Result | str]:
     """A whole update: forward, backward, clipping, AdamW."""
-    model = LanguageModel(case.config, execution())
-    config = optim.OptimizerConfig(learning_rate=1e-4, weight_decay=0.1)
-    optimizer = optim.make_optimizer(config, model.axes)
-    step = make_train_step(
-        model, LanguageModeling(), optimizer, optim.make_schedule(config, 1000), clip_norm=1.0
-    )
-    state = state_lib.create(model, optimizer, jax.random.key(0))
-    batch = _random_batch(case)
-    tokens = case.steps * batch.tokens_BT.size
+    model, batch = language_model(case), random_batch(case)
+    step, params = train_step(model, batch)
+    shape = f"{case.rows} x {case.length}, vocabulary {case.config.vocab_size}"
+    result = dict(suite="train", case=case.name, shape=shape, goal=case.train_goal)
+    tokens = case.rows * case.length
 
     def ours() -> int:
-        nonlocal state
-        for _ in range(case.steps):
-            state, metrics = step(state, batch, None)
-        jax.block_until_ready(metrics)
+        jax.block_until_ready(step())
         return tokens
 
-    with peer_model(case.config, jax.tree.map(np.array, state.params)) as (peer, label):
-        theirs = _torch_steps(peer, batch, case.steps) if peer is not None else None
-        return Result("train", case.name, *in_turn(rounds, ours, theirs), case.train_goal, label)
+    reason = peers.missing()
+    if reason:
+        ours()
+        return [Result(**result, **in_turn(settings, ours, None), peer=reason)]
+    with peers.load(case.config, params, bfloat16=False) as peer:
+        steps, remark = peers.train_steps(
+            peer, batch, OPTIMIZER, autocast=not on_cpu(), compiled=settings.compiled
+        )
+        _check_losses([float(step()) for _ in range(3)], steps["eager fused"])
+        variant, theirs = best_variant({n: _counting(s, tokens) for n, s in steps.items()})
+        peer_name = ", ".join(filter(None, (variant, remark)))
+        return [Result(**result, **in_turn(settings, ours, theirs), peer=peer_name)]
 
 
-def _torch_steps(model, batch: Batch, steps: int) -> Callable[[], int]:
-    import torch
-
-    model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+def train_step(model: LanguageModel, batch: Batch):
+    """(a closure that makes one update and returns its loss, the parameters it starts from)."""
+    optimizer = optim.make_optimizer(OPTIMIZER, model.axes)
+    schedule = optim.make_schedule(OPTIMIZER, 1)
+    update = make_train_step(
+        model, LanguageModeling(), optimizer, schedule, clip_norm=OPTIMIZER.clip_norm
     )
-    device = next(model.parameters()).device
-    tokens, targets = (
-        torch.from_numpy(x.astype(np.int64)).to(device) for x in (batch.tokens_BT, batch.targets_BT)
-    )
+    now = state.create(model, optimizer, jax.random.key(0))
+    start = jax.device_get(now.params)
 
+    def step() -> jax.Array:
+        nonlocal now
+        now, metrics = update(now, batch, None)
+        return metrics["loss"]
+
+    return step, start
+
+
+def _check_losses(ours: list[float], their_step: Callable) -> None:
+    theirs = [float(their_step()) for _ in ours]
+    tolerance = 1e-4 if on_cpu() else 2e-2
+    if not np.allclose(ours, theirs, rtol=tolerance):
+        raise SystemExit(f"error: the first losses are {ours} here and {theirs} in transformers")
+
+
+def _counting(step: Callable, tokens: int) -> Run:
     def run() -> int:
-        for _ in range(steps):
-            logits = model(tokens, use_cache=False).logits.float()
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return steps * tokens.numel()
+        step().item()  # waits for the device
+        return tokens
 
     return run
 
 
-def bench_decode(case: Case, rounds: int) -> Result:
-    """64 equal prompts of 16 tokens, 64 greedy tokens each, prefill included, no early stop."""
-    rows, prompt_length, new = 64, 16, 64
-    model = LanguageModel(case.config, execution())
-    # Initialisation times 5: clear winners, so that both sides can be held to the same tokens.
-    params = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model.init(jax.random.key(0)))
-    generate = build_generate(model, list, str, NO_EOS, rows=rows)
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, 256, (rows, prompt_length)).tolist()
-    sampling, key = Sampling(max_tokens=new, temperature=0.0), jax.random.key(0)
-
-    def ours() -> int:
-        generate(params, prompts, sampling, key)
-        return rows * new
-
-    with peer_model(case.config, jax.tree.map(np.array, params)) as (peer, label):
-        theirs = None
-        if peer is not None:
-            theirs = _torch_generate(peer, prompts, new)
-            same = _same_rows(generate(params, prompts, sampling, key), theirs.tokens())
-            label += f"; {same} of {rows} rows the same tokens"
-        rates = in_turn(rounds, ours, theirs)
-        return Result("decode", case.name, *rates, case.decode_goal, label)
-
-
-class _torch_generate:
-    """transformers' `generate`, greedy, to exactly `new` tokens."""
-
-    def __init__(self, model, prompts, new: int):
-        import torch
-
-        self.model, self.new = model.eval(), new
-        device = next(model.parameters()).device
-        self.prompts = torch.tensor(prompts, device=device)
-        self.mask = torch.ones_like(self.prompts)
-
-    def tokens(self) -> np.ndarray:
-        out = self.model.generate(
-            self.prompts, attention_mask=self.mask, max_new_tokens=self.new, do_sample=False
-        )
-        return out[:, self.prompts.shape[1] :].cpu().numpy()
-
-    def __call__(self) -> int:
-        return self.tokens().size
-
-
-def _same_rows(completions, tokens: np.ndarray) -> int:
-    found = np.array([row[0].ids for row in completions])
-    return int((found == tokens).all(axis=1).sum())
-
-
-def bench_data(case: Case, rounds: int) -> Result | None:
-    """The quickstart's long-CoT batches as they are fed, against what its train step eats."""
-    needed = [m for m in ("grain", "tensorflow_datasets") if importlib.util.find_spec(m) is None]
-    if needed or case.name != "tiny":
-        print(f"data {case.name}: " + (f"no {needed[0]} here" if needed else "same pipeline"))
-        return None
-    from jaxreason.data import pipeline
-    from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
-    from jaxreason.launch import load_config
-    from jaxreason.recipes import assemble
-    from jaxreason.text.tokenizer import ByteTokenizer
-
-    config = load_config("quickstart:smoke")
-    with tempfile.TemporaryDirectory() as folder:
-        arithmetic = ArithmeticConfig(**config.arithmetic.to_dict())
-        prepare_arithmetic(arithmetic, pathlib.Path(folder) / "arithmetic")
-        data = assemble.data_config(config, config.stages.sft_cot)
-        batches = pipeline.build(data, ByteTokenizer(), folder)
-
-        def ours() -> int:
-            return sum(int((next(batches).segments_BT > 0).sum()) for _ in range(30))
-
-        fed, _ = in_turn(rounds, ours, None)
-        batches.close()
-    eaten = bench_train(case, 3).ours
-    return Result("data", "quickstart sft_cot", fed, eaten, 10.0, "our train step, same model")
-
-
-SUITES = {"train": bench_train, "decode": bench_decode, "data": bench_data}
-
-
-def _random_batch(case: Case) -> Batch:
-    """Full rows of one document each."""
+def random_batch(case: Case) -> Batch:
+    """Full rows of one document each; a fifth of the targets has no weight, as in a prompt."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, case.config.vocab_size, (case.rows, case.length + 1)).astype(np.int32)
     shape = (case.rows, case.length)
     return Batch(
         tokens_BT=ids[:, :-1],
         targets_BT=ids[:, 1:],
-        weights_BT=np.ones(shape, np.float32),
+        weights_BT=(rng.random(shape) < 0.8).astype(np.float32),
         segments_BT=np.ones(shape, np.int32),
-        positions_BT=np.broadcast_to(np.arange(case.length, dtype=np.int32), shape),
+        positions_BT=np.tile(np.arange(case.length, dtype=np.int32), (case.rows, 1)),
     )
 
 
+# --------------------------------------------------------------------------------- decode
+
+
+def bench_decode(case: Case, settings: Settings) -> list[Result | str]:
+    """Equal prompts, greedy, a fixed number of tokens; from ids to `Completion`s, with prefill."""
+    model = language_model(case)
+    # Layers 5 times their initial size: clear winners, so that both sides choose the same tokens.
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model.init(jax.random.key(0)))
+    generate = build_generate(model, list, str, NO_EOS, rows=DECODE_ROWS)
+    prompts = np.random.default_rng(0).integers(0, 256, (DECODE_ROWS, PROMPT)).tolist()
+    sampling, key = Sampling(max_tokens=NEW, temperature=0.0), jax.random.key(0)
+    shape = f"{DECODE_ROWS} x ({PROMPT} + {NEW})"
+    result = dict(suite="decode", case=case.name, shape=shape, goal=case.decode_goal)
+
+    def ours() -> int:
+        generate(params, prompts, sampling, key)
+        return DECODE_ROWS * NEW
+
+    reason = peers.missing()
+    if reason:
+        ours()
+        return [Result(**result, **in_turn(settings, ours, None), peer=reason)]
+    with peers.load(case.config, params, bfloat16=not on_cpu()) as peer:
+        made = peers.generators(peer, prompts, NEW)
+        found = np.array([row[0].ids for row in generate(params, prompts, sampling, key)])
+        gaps = peers.first_differences(peer, prompts, found, made["dynamic cache"]())
+        if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
+            raise SystemExit(f"error: {len(gaps)} rows have other tokens, by gaps of {gaps}")
+        variant, theirs = best_variant({n: lambda m=m: m().size for n, m in made.items()})
+        same = f"{variant}; same tokens in {DECODE_ROWS - len(gaps)} of {DECODE_ROWS} rows"
+        return [Result(**result, **in_turn(settings, ours, theirs), peer=same)]
+
+
+# ----------------------------------------------------------------------------------- data
+
+
+def bench_data(case: Case, settings: Settings) -> list[Result | str]:
+    """Batches as the loop takes them, against the train step that eats them (same shape)."""
+    for name in ("grain", "tensorflow_datasets", "ml_collections"):
+        if importlib.util.find_spec(name) is None:
+            return [f"{name} is not installed"]
+    step, _ = train_step(language_model(case), random_batch(case))
+
+    def eaten() -> int:
+        jax.block_until_ready(step())
+        return case.rows * case.length
+
+    return [_bench_feed(case, settings, feed, eaten) for feed in case.feeds]
+
+
+def _bench_feed(case: Case, settings: Settings, feed: str, eaten: Run) -> Result | str:
+    from jaxreason.data import pipeline, sources
+    from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
+    from jaxreason.launch import load_config
+    from jaxreason.recipes import assemble
+    from jaxreason.text.tokenizer import ByteTokenizer, load_tokenizer
+
+    config, tokenizer = load_config(case.feeds[feed]), ByteTokenizer()
+    section = config.stages[feed] if "stages" in config else config
+    if feed != "sft_cot":
+        if not sources.data_root().is_dir():
+            return f"{feed}: no data at {sources.data_root()} (set JAXREASON_DATA)"
+        tokenizer = load_tokenizer(sources.data_root() / "tokenizer_qwen3")
+        section.data.update(rows=case.rows, length=case.length, num_shards=1)
+        section.data.truncation = "keep_start"
+    with tempfile.TemporaryDirectory() as folder:
+        if "arithmetic" in config:
+            arithmetic = ArithmeticConfig(**config.arithmetic.to_dict())
+            prepare_arithmetic(arithmetic, pathlib.Path(folder) / "arithmetic")
+        batches = pipeline.build(assemble.data_config(config, section), tokenizer, folder)
+
+        def fed() -> int:  # of so many batches, those made in advance are few
+            return sum(next(batches).tokens_BT.size for _ in range(20 * pipeline.PREFETCH))
+
+        fed(), eaten()
+        found = in_turn(settings, fed, eaten)
+        batches.close()
+    shape = f"{case.rows} x {case.length}, {type(tokenizer).__name__}"
+    return Result("data", f"{case.name} {feed}", shape, DATA_GOAL, **found, peer="our train step")
+
+
+SUITES = {"train": bench_train, "decode": bench_decode, "data": bench_data}
+
+
+# --------------------------------------------------------------------------------- report
+
+
 def _table(results: list[Result]) -> rich.table.Table:
-    table = rich.table.Table("suite", "case", "ours tok/s", "theirs tok/s", "ratio", "goal", "peer")
+    columns = ("suite", "case", "shape", "ours tok/s", "theirs tok/s", "ratio", "by CPU", "goal")
+    table = rich.table.Table(*columns, "peer")
+    number = lambda x: "" if x is None else f"{x:.2f}"
+    spread = lambda x: f"{statistics.median(x):,.0f} ({min(x):,.0f}-{max(x):,.0f})" if x else ""
     for r in results:
-        spread = lambda x: f"{statistics.median(x):,.0f} ({min(x):,.0f}-{max(x):,.0f})" if x else ""
-        ratio = "" if r.ratio is None else f"{r.ratio:.2f}"
         table.add_row(
-            r.suite, r.case, spread(r.ours), spread(r.theirs), ratio, f"{r.goal:g}", r.peer
-        )
+            r.suite, r.case, r.shape, spread(r.ours), spread(r.theirs), number(r.ratio),
+            number(r.cpu_ratio), f"{r.goal:g}", r.peer,
+        )  # fmt: skip
     return table
 
 
 def _record(result: Result) -> dict:
-    return {**dataclasses.asdict(result), "ratio": result.ratio}
+    ratios = {"ratio": result.ratio, "cpu_ratio": result.cpu_ratio}
+    return {**dataclasses.asdict(result), **ratios}
 
 
 def _machine() -> dict:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    root = pathlib.Path(__file__).parent
-    commit = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
-    return {
+    """Where, when and with what: a figure without these is none."""
+    ask = lambda *command: subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    about = {
+        "date": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()),
+        "commit": ask("git", "describe", "--always", "--dirty"),
         "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
         "python": platform.python_version(),
-        "jax": jax.__version__,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: installed[name] for name in VERSIONS if name in installed},
+        "load_before": os.getloadavg(),
     }
+    if shutil.which("nvidia-smi"):
+        fields = "name,driver_version,power.limit,clocks.sm,clocks.mem"
+        about["gpu"] = ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    return about
+
+
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

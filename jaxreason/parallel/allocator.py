@@ -24,4 +24,5 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "mallopt"):
         return False
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**30, _ARENA_MAX: 1}
-    return all([libc.mallopt(option, value) == 1 for option, value in settings.items()])
+    taken = [libc.mallopt(option, value) == 1 for option, value in settings.items()]
+    return all(taken)
