@@ -9,8 +9,10 @@ a short chain (one step a line) or a long chain (re-checks, mistakes made and co
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -369,7 +371,9 @@ def prepare_arithmetic(config: ArithmeticConfig, directory: str | os.PathLike) -
     tfds.disable_progress_bar()  # it draws over the recipe's own lines
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    _builder_class()(config, data_dir=unfinished, file_format="array_record").download_and_prepare()
+    builder = _builder_class()(config, data_dir=unfinished, file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # it says "Downloading ... Unknown size"
+        builder.download_and_prepare()
     (unfinished / "arithmetic.json").write_text(json.dumps(wanted, indent=2) + "\n")
     os.replace(unfinished, directory)
     return directory
