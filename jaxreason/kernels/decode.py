@@ -28,7 +28,10 @@ def decode_attention(
     B, N, H = q_BNH.shape
     K, S = k_BKSH.shape[1:3]
     q_BKGH = q_BNH.reshape(B, K, N // K, H)
-    s_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    # Keys as the left operand: a quarter of a decode step of 640 rows on CPU. Without the barrier
+    # XLA folds the transpose back into the product.
+    s_BKSG = jnp.einsum("BKSH,BKGH->BKSG", k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
+    s_BKGS = jnp.swapaxes(jax.lax.optimization_barrier(s_BKSG), 2, 3)
     s_BKGS *= H**-0.5 if scale is None else scale
     if soft_cap is not None:
         s_BKGS = soft_cap * jnp.tanh(s_BKGS / soft_cap)
