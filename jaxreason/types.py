@@ -46,6 +46,28 @@ class Batch:
     positions_BT: jax.Array  # int32, position inside the document
 
 
+@pytree_dataclass()
+class PolicyBatch:
+    """Packed rows of prompts and sampled completions, as the policy gradient reads them.
+
+    Rows are laid out as in Batch; a document is one prompt with one of its completions. Every
+    float array is aligned with the targets and 0 where its document has no weight.
+    """
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array
+    weights_BT: jax.Array  # float32, 1 where the target was sampled (EOS too) and is learnt from
+    segments_BT: jax.Array
+    positions_BT: jax.Array
+    advantages_BT: jax.Array
+    old_logprobs_BT: jax.Array  # the trainer's, before the first update on this rollout
+    rollout_logprobs_BT: jax.Array  # the sampler's, at the sampling temperature
+    ref_logprobs_BT: jax.Array | None = None  # the reference model's; None without one
+    old_values_BT: jax.Array | None = None  # the value head's, as old_logprobs_BT; None without one
+    returns_BT: jax.Array | None = None  # what the value head learns; None without one
+    entropy_coef_B: jax.Array | None = None  # float32, one number repeated; None: no entropy bonus
+
+
 @pytree_dataclass("causal", "window", "soft_cap", "scale")
 class AttentionMask:
     """Which keys a query may read, as data. An implementation honours all of it or refuses.
@@ -88,6 +110,23 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
+class ThinkingBudget:
+    """Control of the thinking part of one completion (s1, arXiv 2501.19393; Qwen3's report)."""
+
+    max_tokens: int | None = None  # thinking tokens before its end is forced; None: no limit
+    wording: str = "s1"  # how the end is forced: s1 | qwen3
+    waits: int = 0  # ends of thinking that are replaced by "Wait"
+
+    def __post_init__(self):
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ValueError(f"thinking.max_tokens is {self.max_tokens}; it must be 0 or more")
+        if self.wording not in ("s1", "qwen3"):
+            raise ValueError(f"thinking.wording is {self.wording!r}; it must be s1 or qwen3")
+        if self.waits < 0:
+            raise ValueError(f"thinking.waits is {self.waits}; it must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampling:
     """How completions are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
 
@@ -95,6 +134,13 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0  # keeps tokens with at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # divides a seen token's positive logit, multiplies a negative
+    min_tokens: int = 0  # no end of sequence before so many tokens
+    stop: tuple[str, ...] = ()  # texts that end a completion; they are not part of it
+    stop_ids: tuple[int, ...] = ()  # tokens that end it as the end of sequence does
+    ignore_eos: bool = False  # go on to max_tokens: for benchmarks
+    thinking: ThinkingBudget | None = None
     num_samples: int = 1  # completions a prompt
 
     def __post_init__(self):
@@ -104,8 +150,19 @@ class Sampling:
             raise ValueError(f"sampling.temperature is {self.temperature}; it must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p is {self.top_p}; it must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"sampling.min_p is {self.min_p}; it must be in [0, 1]")
+        if self.repetition_penalty <= 0:
+            raise ValueError(
+                f"sampling.repetition_penalty is {self.repetition_penalty}; it must be above 0"
+            )
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k is {self.top_k}; it must be 0 (off) or more")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"sampling.min_tokens is {self.min_tokens}; it must be 0 to max_tokens "
+                f"{self.max_tokens}"
+            )
         if self.num_samples < 1:
             raise ValueError(f"sampling.num_samples is {self.num_samples}; it must be at least 1")
 
@@ -114,11 +171,22 @@ class Sampling:
 class Completion:
     """One sampled answer. The end-of-sequence token, when it was drawn, is the last of `ids`."""
 
-    text: str  # decoded without the end-of-sequence token
+    text: str  # decoded without the end-of-sequence token, and without a stop text
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each id at the sampling temperature, unfiltered distribution
-    truncated: bool  # the token limit came before the end of sequence
+    truncated: bool  # the token limit came before the end of sequence or a stop
+    forced: tuple[bool, ...] = ()  # which ids the thinking budget put there; () where none
 
     @functools.cached_property
     def num_tokens(self) -> int:
         return len(self.ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One question of reinforcement learning, with what its rewards need."""
+
+    id: str  # stable over runs and epochs: SOURCE/INDEX
+    text: str  # the user's turn
+    answer: str  # the gold answer, in the form that the source's reward reads
+    source: str
