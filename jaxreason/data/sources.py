@@ -198,6 +198,13 @@ def _needed(config: SourceConfig) -> dict[str, str]:
     return needed
 
 
+def to_prompt(config: SourceConfig, record: Mapping[str, Any]) -> str:
+    """The user's turn of a record. Numbers among its fields are written out."""
+    if config.prompt_field:
+        return str(record[config.prompt_field])
+    return (config.prompt_template or "{expression}").format_map(record)
+
+
 def to_example(config: SourceConfig, record: Mapping[str, Any]) -> TextExample | ChatExample:
     """A record as what it trains. Numbers among its fields are written out."""
     if config.kind == "arithmetic":
@@ -205,17 +212,13 @@ def to_example(config: SourceConfig, record: Mapping[str, Any]) -> TextExample |
     clean: Callable[[Any], str] = _strip_calculator if config.strip_calculator else str
     if config.text_field:
         return TextExample(clean(record[config.text_field]))
-    if config.prompt_field:
-        prompt = str(record[config.prompt_field])
-    else:
-        prompt = config.prompt_template.format_map(record)
     answer, reasoning = clean(record[config.response_field]), None
     if config.reasoning_field:
         reasoning = clean(record[config.reasoning_field])
     if config.reasoning == "split_hashes":
         solution, _, number = answer.rpartition(_HASHES)
         answer, reasoning = f"{_HASHES} {number.strip()}", solution.strip()
-    return _question(prompt, answer, reasoning)
+    return _question(to_prompt(config, record), answer, reasoning)
 
 
 def _arithmetic_example(
@@ -223,8 +226,8 @@ def _arithmetic_example(
 ) -> TextExample | ChatExample:
     if config.rendering == "text":
         return TextExample(record["text"])
-    prompt = (config.prompt_template or "{expression}").format_map(record)
-    return _question(prompt, record["answer"], arithmetic.reasoning(record, config.rendering))
+    reasoning = arithmetic.reasoning(record, config.rendering)
+    return _question(to_prompt(config, record), record["answer"], reasoning)
 
 
 def _question(prompt: str, answer: str, reasoning: str | None) -> ChatExample:
