@@ -102,7 +102,7 @@ def fit(
     # --- steps ------------------------------------------------------------------------------------
     job.progress.start(job.stage, config.steps, done)
     pending = None  # the step in flight: reported after the next is dispatched, never waited for
-    with _sigterm() as stopping:
+    with sigterm_asks() as stopping:
         while done < config.steps:
             _trace(job, done)
             began = time.perf_counter()
@@ -205,7 +205,7 @@ def _trace(job: Fit, done: int) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
+def sigterm_asks() -> Iterator[threading.Event]:
     """Within the loop SIGTERM only asks: the loop saves at the next step and leaves."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
