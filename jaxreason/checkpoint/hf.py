@@ -350,7 +350,8 @@ def export_hf(
       generation: sampling defaults for generation_config.json (temperature, top_p, ...).
       dtype: of the written weights, float32 or bfloat16.
 
-    Everything is written beside and moved into place whole. Raises ValueError when `directory`
+    A value head is left out: their causal models have none. Everything is written beside and moved
+    into place whole. Raises ValueError when `directory`
     holds something else than a Hugging Face model.
     """
     directory = pathlib.Path(directory).absolute()
@@ -390,6 +391,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors in the table's order; one leaf of ours is on the host at a time."""
     sizes, rows = _sizes(config), _rows(config)
+    params = {name: part for name, part in params.items() if name != "value_head"}
     got = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]

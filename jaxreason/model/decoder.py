@@ -4,6 +4,7 @@ Parameters travel as a plain nested dict (the NNX module is merged only while tr
   embedding [V, D], final_norm [D], lm_head [V, D] when untied, and under `layers`, stacked over L:
   attention_norm [D], wq [D, N, H], wk wv [D, K, H], q_norm k_norm [H], wo [N, H, D],
   mlp_norm [D], w_gate w_up [D, F], w_down [F, D].
+A model with a value head has value_head/weight [D] and value_head/bias [1] besides.
 Each carries its logical axes as metadata, from which initialisation, shardings, restore targets and
 the optimizer's view of it derive.
 """
@@ -23,7 +24,7 @@ from jaxreason.model import attention as attention_lib
 from jaxreason.model import cache as cache_lib
 from jaxreason.model.cache import Cache
 from jaxreason.model.config import DecoderConfig
-from jaxreason.model.heads import Head
+from jaxreason.model.heads import Head, ValueHead, values
 from jaxreason.parallel import rules
 from jaxreason.types import AttentionMask, Params, pytree_dataclass
 
@@ -97,7 +98,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """The parameters of the whole network; the layers are stacked on a leading L."""
 
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, value_head: bool = False):
         table = functools.partial(
             _normal, rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), c.init_std
         )
@@ -107,6 +108,8 @@ class Decoder(nnx.Module):
         self.final_norm = _ones((c.embed_dim,))
         if not c.tie_embeddings:
             self.lm_head = table()
+        if value_head:
+            self.value_head = ValueHead(c.embed_dim)
 
 
 def _normal(rngs, shape, axes, std):
@@ -192,6 +195,7 @@ class LanguageModel:
     Args:
       valid_vocab: the tokenizer's entries, when the table has more rows (Qwen3: 151,669 of
         151,936); the rest get no probability and no gradient.
+      value_head: whether the tree has a scalar-per-token head (PPO); Hugging Face exports drop it.
     Raises ValueError when a weight does not divide on the mesh, or the vocabulary is too small.
     """
 
@@ -201,6 +205,7 @@ class LanguageModel:
         execution: Execution = Execution(),
         mesh: Mesh | None = None,
         valid_vocab: int | None = None,
+        value_head: bool = False,
     ):
         if valid_vocab is not None and valid_vocab > config.vocab_size:
             raise ValueError(
@@ -215,7 +220,8 @@ class LanguageModel:
         self._attention = attention_lib.build(execution.attention, mesh)
         # Concatenating weights that are split over the tensor axis would move them between devices.
         self._fuse = mesh is None or rules.axis_size(mesh, "heads") == 1
-        abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+        self.value_head = value_head
+        abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), value_head))
         self._graph, state = nnx.split(abstract)
         self.shapes: Params = nnx.to_pure_dict(nnx.state(abstract))
         self.axes: Params = nnx.to_pure_dict(
@@ -226,7 +232,13 @@ class LanguageModel:
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters."""
-        return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key))))
+        module = Decoder(self.config, nnx.Rngs(params=key), self.value_head)
+        return nnx.to_pure_dict(nnx.state(module))
+
+    def with_value_head(self, params: Params) -> Params:
+        """Parameters of a model without a value head, with a zero one: PPO's warm start."""
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes["value_head"])
+        return {"value_head": zeros, **params}
 
     def shardings(self) -> Params:
         """Where each weight lives, from the rules table."""
@@ -270,6 +282,10 @@ class LanguageModel:
     def logprobs(self, params, h_BTD, targets_BT, **options):
         """(logp_BT, entropy_BT, lse_BT); see kernels.linear_xent.linear_logprobs."""
         return self.head.logprobs(h_BTD, self.head_weight(params), targets_BT, **options)
+
+    def values(self, params: Params, h_BTD: jax.Array) -> jax.Array:
+        """values_BT of the value head, float32."""
+        return values(params["value_head"], h_BTD)
 
     def _forward(self, params, tokens_BT, segments_BT, positions_BT, keep_kv=False):
         c = self.config

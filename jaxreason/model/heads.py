@@ -1,4 +1,4 @@
-"""The language-model head on the mesh: loss, log-probs and KL without logits_BTV.
+"""The language-model head on the mesh: loss, log-probs and KL without logits_BTV; the value head.
 
 Each device runs the row-chunked kernel on its own rows, so no chunk ever spans devices; the
 vocabulary is split over the tensor axis and the kernel reduces over it.
@@ -8,10 +8,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxreason.kernels import linear_xent as kernel
 from jaxreason.parallel import rules
+from jaxreason.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,3 +74,16 @@ class Head:
 
         in_specs = (rows, PartitionSpec(self._vocab_axis), rows)
         return self._on_mesh(local, in_specs, (rows, rows, rows))(h_BTD, w_VD, targets_BT)
+
+
+class ValueHead(nnx.Module):
+    """A scalar a token: weight [D], bias [1]. Born zero, so that it draws no random number."""
+
+    def __init__(self, embed_dim: int):
+        self.weight = nnx.Param(jnp.zeros((embed_dim,), jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((1,), jnp.float32), axes=("norm",))
+
+
+def values(head: Params, h_BTD: jax.Array) -> jax.Array:
+    """values_BT in float32: what the rest of the completion is worth before each target."""
+    return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["weight"]) + head["bias"]
