@@ -50,27 +50,33 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The completions of one update laid into rows; the order of completions is the groups' own."""
+    """The C completions of one update laid into rows; their order is the groups' own."""
 
     batch: Batch
     row_C: np.ndarray  # of each completion
     first_C: np.ndarray  # place of the input whose target is the completion's first id
     size_C: np.ndarray  # ids of the completion
+    width: int  # the largest size of all updates of the rollout
 
-    def spread(self, values: Sequence[np.ndarray | float]) -> np.ndarray:
-        """One number or one array a completion -> float32 [rows, length], 0 elsewhere."""
+    def gather(self, values_BT: np.ndarray) -> np.ndarray:
+        """What lies under each completion's ids: [C, width], 0 after its last."""
+        row, place, inside = self._places()
+        return np.where(inside, values_BT[row, np.where(inside, place, 0)], 0)
+
+    def spread(self, values_CT: np.ndarray) -> np.ndarray:
+        """The inverse of `gather`; of one number a completion [C], that number under every id."""
+        row, place, inside = self._places()
+        if values_CT.ndim == 1:
+            values_CT = values_CT[:, None]
         out_BT = np.zeros(self.batch.tokens_BT.shape, np.float32)
-        for i, value in enumerate(values):
-            first = self.first_C[i]
-            out_BT[self.row_C[i], first : first + self.size_C[i]] = value
+        values_CT = np.broadcast_to(values_CT, inside.shape)
+        out_BT[np.broadcast_to(row, inside.shape)[inside], place[inside]] = values_CT[inside]
         return out_BT
 
-    def gather(self, values_BT: np.ndarray) -> list[np.ndarray]:
-        """The inverse of `spread`: one array over its ids a completion."""
-        return [
-            values_BT[row, first : first + size]
-            for row, first, size in zip(self.row_C, self.first_C, self.size_C, strict=True)
-        ]
+    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row [C, 1], place [C, width], whether the completion has that many ids [C, width])."""
+        step_T = np.arange(self.width)
+        return self.row_C[:, None], self.first_C[:, None] + step_T, step_T < self.size_C[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +109,12 @@ def lay_out_updates(updates: Sequence[Sequence[Group]], config: RowsConfig) -> l
     placed = [best_fit_decreasing([len(e.ids_T) for e in u], config.length) for u in examples]
     needed = max(max(rows) for rows in placed) + 1
     num_rows = -(-needed // config.multiple) * config.multiple
+    width = max(c.num_tokens for groups in updates for group in groups for c in group.completions)
     return [
-        _lay_out(groups, update, rows, num_rows, config)
+        _lay_out(groups, [Piece(e, row, 0, len(e.ids_T)) for e, row in zip(update, rows)],
+                 num_rows, width, config)
         for groups, update, rows in zip(updates, examples, placed, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def _example(group: Group, completion: Completion, config: RowsConfig) -> Example:
@@ -121,24 +129,19 @@ def _example(group: Group, completion: Completion, config: RowsConfig) -> Exampl
 
 
 def _lay_out(
-    groups: Sequence[Group],
-    examples: Sequence[Example],
-    rows: Sequence[int],
-    num_rows: int,
-    config: RowsConfig,
+    groups: Sequence[Group], pieces: Sequence[Piece], num_rows: int, width: int, config: RowsConfig
 ) -> Rows:
-    pieces = [Piece(e, row, 0, len(e.ids_T)) for e, row in zip(examples, rows, strict=True)]
-    prompts = [len(g.prompt_ids) for g in groups for _ in g.completions]
-    sizes = np.array([len(e.ids_T) for e in examples])
+    prompts_C = np.array([len(g.prompt_ids) for g in groups for _ in g.completions])
     used_B, starts = np.zeros(num_rows, int), []
-    for size, row in zip(sizes, rows, strict=True):  # within a row in the order given
-        starts.append(used_B[row])
-        used_B[row] += size
+    for piece in pieces:  # within a row in the order given, as `lay_out` has it
+        starts.append(used_B[piece.row])
+        used_B[piece.row] += piece.stop
     return Rows(
         batch=lay_out(pieces, num_rows, config.length, config.pad_id),
-        row_C=np.array(rows),
-        first_C=np.array(starts) + np.array(prompts) - 1,
-        size_C=sizes - np.array(prompts),
+        row_C=np.array([piece.row for piece in pieces]),
+        first_C=np.array(starts) + prompts_C - 1,
+        size_C=np.array([piece.stop for piece in pieces]) - prompts_C,
+        width=width,
     )
 
 

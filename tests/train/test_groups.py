@@ -15,7 +15,7 @@ def group(prompt_ids, sizes, rewards, *, first=10, truncated=(), forced=()):
     """Completions of these sizes, ids counting up from `first`, each ended by EOS."""
     completions = []
     for i, size in enumerate(sizes):
-        ids = tuple(range(first, first + size - 1)) + (EOS,)
+        ids = (*range(first, first + size - 1), EOS)
         completions.append(
             Completion(
                 text=f"{size}",
@@ -50,18 +50,23 @@ def test_every_completion_with_its_end_is_learnt_and_no_prompt():
         assert batch.weights_BT.sum() == sum(c.num_tokens for c in completions)
         targets = rows.gather(batch.targets_BT)
         weights = rows.gather(batch.weights_BT)
-        for completion, target, weight in zip(completions, targets, weights, strict=True):
-            assert tuple(target) == completion.ids and target[-1] == EOS
-            assert (weight == 1).all()
+        for completion, target_T, weight_T in zip(completions, targets, weights, strict=True):
+            n = completion.num_tokens
+            assert tuple(target_T[:n]) == completion.ids and target_T[n - 1] == EOS
+            assert (weight_T[:n] == 1).all() and not weight_T[n:].any()
 
 
 def test_spread_puts_numbers_under_their_targets_and_gather_takes_them_back():
     (rows, _) = lay_out_updates(UPDATES, RowsConfig(length=16))
-    values = [np.arange(n, dtype=np.float32) + 1 + 100 * i for i, n in enumerate(rows.size_C)]
+    inside = np.arange(rows.width) < rows.size_C[:, None]
+    values = inside * (1.0 + np.arange(inside.size).reshape(inside.shape))
     spread = rows.spread(values)
     assert ((spread != 0) == (rows.batch.weights_BT != 0)).all()
-    for got, want in zip(rows.gather(spread), values, strict=True):
-        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(rows.gather(spread), values)
+    ones = rows.spread(np.arange(1.0, 1 + len(inside)))
+    np.testing.assert_array_equal(
+        rows.gather(ones), inside * np.arange(1, 1 + len(inside))[:, None]
+    )
 
 
 def test_updates_share_one_shape_rounded_up():
@@ -73,11 +78,11 @@ def test_truncated_and_forced_ids_have_no_weight():
     groups = [group([5], [4, 5], [0.0, 1.0], truncated=(0,), forced=(1,))]
     (rows,) = lay_out_updates([groups], RowsConfig(length=16, mask_truncated=True))
     first, second = rows.gather(rows.batch.weights_BT)
-    assert first.tolist() == [0, 0, 0, 0] and second.tolist() == [0, 0, 1, 1, 1]
+    assert first.tolist() == [0, 0, 0, 0, 0] and second.tolist() == [0, 0, 1, 1, 1]
 
 
 def test_a_completion_too_long_for_a_row_is_refused():
-    with pytest.raises(ValueError, match="train.length is 8; .* has 12 ids"):
+    with pytest.raises(ValueError, match=r"train\.length is 8; .* has 12 ids"):
         lay_out_updates(UPDATES, RowsConfig(length=8))
 
 

@@ -1,0 +1,245 @@
+"""One stage of reinforcement learning: from its section of the configuration to a done marker."""
+
+import dataclasses
+import time
+
+from ml_collections import ConfigDict
+
+from jaxreason.checkpoint.store import Store
+from jaxreason.data import prompts as prompts_lib
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.objectives.policy import PRESETS, Algorithm
+from jaxreason.parallel import rules
+from jaxreason.recipes import assemble, checkpoints, evaluation
+from jaxreason.recipes.run import Run
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.report.summary import read_metrics
+from jaxreason.rewards import mix
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.text import chat
+from jaxreason.text.tokenizer import Tokenizer
+from jaxreason.train import optim
+from jaxreason.train.collect import CollectConfig, Collector
+from jaxreason.train.groups import RowsConfig
+from jaxreason.train.rl import RL, RLConfig, make_score, train
+from jaxreason.train.step import make_train_step
+from jaxreason.types import Params, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class RLStage:
+    """What can be checked of a stage before anything is built."""
+
+    name: str
+    section: ConfigDict  # its `init`, `data`, `rewards`, `rollout` and `train`
+    prompts: prompts_lib.PromptConfig
+    rewards: dict[str, mix.RewardConfig]
+    collect: CollectConfig
+    sampling: Sampling
+    engine: EngineConfig
+    loop: RLConfig
+    algorithm: Algorithm
+    optimizer: optim.OptimizerConfig
+    start: checkpoints.Checkpoint
+
+    @property
+    def steps(self) -> int:
+        return self.loop.steps
+
+    @property
+    def length(self) -> int:
+        return self.section.train.length
+
+
+def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
+    """Raises ValueError, naming key, value and what would be right, for whatever cannot run."""
+    rollout, training = section.rollout, section.train
+    fields = section.data.to_dict()
+    prompts = prompts_lib.PromptConfig(
+        **{**fields, "band": fields["band"] or None, "seed": config.seed}
+    )
+    collect = assemble.from_section(CollectConfig, rollout)
+    sampling = Sampling(
+        max_tokens=rollout.max_tokens,
+        temperature=rollout.temperature,
+        num_samples=rollout.num_generations,
+    )
+    if sampling.temperature == 0:
+        raise ValueError("rollout.temperature is 0; a policy is learnt from samples: above 0")
+    algorithm = _algorithm(training, rollout)
+    loop = RLConfig(
+        steps=training.steps,
+        updates=training.updates,
+        num_iterations=training.num_iterations,
+        asynchronous=rollout.asynchronous,
+        entropy_coef=training.entropy_coef,
+        entropy_target=training.entropy_target,
+        log_every=config.log.every,
+        save_every=config.run.save_every,
+        evaluate_every=config.eval.every,
+        samples_every=rollout.samples_every,
+        max_nonfinite=config.run.max_nonfinite,
+        max_mult_prob_error=rollout.max_mult_prob_error,
+    )
+    _check_numbers(config, section, loop)
+    if loop.asynchronous and algorithm.policy.correction == "none":
+        raise ValueError(
+            "rollout.asynchronous is true and train.policy.correction none: samples are one step "
+            "old; set a correction, as token_truncate"
+        )
+    optimizer = assemble.from_section(optim.OptimizerConfig, training.optimizer)
+    optim.make_schedule(optimizer, loop.num_updates)
+    rewards = {
+        reward: assemble.from_section(mix.RewardConfig, spec)
+        for reward, spec in section.rewards.items()
+    }
+    if rollout.solved_by not in rewards:
+        raise ValueError(
+            f"rollout.solved_by is {rollout.solved_by!r}; it must be one of rewards: "
+            f"{', '.join(rewards)}"
+        )
+    return RLStage(
+        name, section, prompts, rewards, collect, sampling,
+        EngineConfig(slots=rollout.slots), loop, algorithm, optimizer,
+        checkpoints.parse(section.init["from"]),
+    )  # fmt: skip
+
+
+def _algorithm(training: ConfigDict, rollout: ConfigDict) -> Algorithm:
+    """The preset, with every switch that the config sets itself."""
+    if training.algorithm not in PRESETS:
+        raise ValueError(f"train.algorithm is {training.algorithm!r}; known: {', '.join(PRESETS)}")
+    preset = PRESETS[training.algorithm]
+    changed = lambda old, section: dataclasses.replace(
+        old, **{key: value for key, value in section.items() if value is not None}
+    )
+    policy = changed(preset.policy, training.policy)
+    return Algorithm(
+        policy=dataclasses.replace(
+            policy, temperature=rollout.temperature, max_length=rollout.max_tokens
+        ),
+        advantage=changed(preset.advantage, training.advantage),
+    )
+
+
+def _check_numbers(config: ConfigDict, section: ConfigDict, loop: RLConfig) -> None:
+    """Whether the groups divide over the updates, and the rows over microbatches and mesh."""
+    if section.rollout.num_prompts % loop.updates:
+        raise ValueError(
+            f"rollout.num_prompts is {section.rollout.num_prompts}; it must be a multiple of "
+            f"train.updates = {loop.updates}"
+        )
+    mesh = assemble.device_mesh(config.mesh)
+    ways = (rules.axis_size(mesh, "batch") if mesh is not None else 1) * config.mesh.microbatches
+    if section.train.rows_multiple % ways:
+        raise ValueError(
+            f"train.rows_multiple is {section.train.rows_multiple}; it must be a multiple of "
+            f"mesh.microbatches x mesh axes {' x '.join(rules.BATCH_AXES)} = {ways}"
+        )
+    if section.train.length <= section.rollout.max_tokens:
+        raise ValueError(
+            f"train.length is {section.train.length}; it must hold a prompt and "
+            f"rollout.max_tokens = {section.rollout.max_tokens}"
+        )
+
+
+def check_data(stage: RLStage, tokenizer: Tokenizer, workdir: Workdir) -> None:
+    """Opens the prompts and reads every gold answer. Raises ValueError naming the first bad one."""
+    with mix.build(stage.rewards, chat.split_reasoning) as reward:
+        _open_prompts(stage, reward, workdir, say=lambda line: None)
+
+
+def _open_prompts(stage: RLStage, reward: mix.Reward, workdir: Workdir, say):
+    return prompts_lib.build(stage.prompts, workdir.data, say=say, check=reward.check)
+
+
+def model_of(run: Run, stage: RLStage) -> LanguageModel:
+    """The run's model, with a value head where the algorithm has a critic."""
+    if not stage.algorithm.needs_values:
+        return run.model
+    return assemble.language_model(run.config, run.model.config, run.tokenizer, value_head=True)
+
+
+def run_stage(run: Run, stage: RLStage) -> None:
+    """Learns, resuming where it was, and leaves the stage's done marker."""
+    config, workdir = run.config, run.workdir
+    done = workdir.marker(stage.name)
+    if done and done["steps"] >= stage.steps:
+        return
+    began = time.monotonic()
+    model = model_of(run, stage)
+    optimizer = optim.make_optimizer(stage.optimizer, model.axes)
+    train_step = make_train_step(
+        model,
+        stage.algorithm.policy,
+        optimizer,
+        optim.make_schedule(stage.optimizer, stage.loop.num_updates),
+        clip_norm=stage.optimizer.clip_norm,
+        microbatches=config.mesh.microbatches,
+        xla_options=config.mesh.xla_options.to_dict(),
+    )
+    encode = evaluation.prompt_encoder(config, run.tokenizer)
+    key = assemble.stage_key(config.seed, stage.name)
+
+    def params() -> Params | None:
+        loaded = stage.start.load(run.model, workdir.checkpoints)
+        return model.with_value_head(loaded) if loaded is not None else None
+
+    def reference() -> Params:
+        loaded = stage.start.load(run.model, workdir.checkpoints)
+        return run.model.init(key) if loaded is None else loaded
+
+    store = Store(workdir.checkpoints(stage.name), keep=config.run.keep)
+    with store, mix.build(stage.rewards, chat.split_reasoning) as reward:
+        collector = Collector(
+            config=stage.collect,
+            sampling=stage.sampling,
+            prompts=_open_prompts(stage, reward, workdir, say=run.progress.say),
+            encode=encode,
+            generate=evaluation.generator(config, run.tokenizer, run.model, stage.engine),
+            reward=reward,
+            solved_by=stage.section.rollout.solved_by,
+            key=assemble.stage_key(config.seed, f"{stage.name}.rollout"),
+        )
+        job = RL(
+            stage=stage.name,
+            config=stage.loop,
+            algorithm=stage.algorithm,
+            rows=RowsConfig(
+                length=stage.length,
+                multiple=stage.section.train.rows_multiple,
+                pad_id=run.tokenizer.pad_id,
+                mask_truncated=stage.section.train.mask_truncated_completions,
+            ),
+            model=model,
+            optimizer=optimizer,
+            train_step=train_step,
+            score=make_score(model, stage.algorithm.policy),
+            collector=collector,
+            store=store,
+            writer=run.writer,
+            progress=run.progress,
+            samples=workdir.samples,
+            seed=config.seed,
+            evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
+        )
+        _, tokens = train(job, key, params, reference if stage.algorithm.needs_reference else None)
+    records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
+    learnt = [record for record in records if "reward" in record]
+    workdir.mark(
+        stage.name,
+        {
+            "steps": stage.steps,
+            "tokens": int(tokens),
+            "final_loss": learnt[-1].get("loss") if learnt else None,
+            "first_reward": learnt[0]["reward"] if learnt else None,
+            "final_reward": learnt[-1]["reward"] if learnt else None,
+            "skipped": records[-1]["rollout/skipped"],
+            "seconds": round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0),
+        },
+    )
+
+
+def policy_of(params: Params) -> Params:
+    """The parameters without a critic's head: what is sampled from, scored and exported."""
+    return {name: value for name, value in params.items() if name != "value_head"}

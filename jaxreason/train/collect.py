@@ -1,0 +1,140 @@
+"""Collecting a rollout: prompts, completions, rewards, and which groups are worth learning from."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxreason.data.prompts import PromptStream
+from jaxreason.rollout.engine import Generate
+from jaxreason.train.groups import Group
+from jaxreason.types import Completion, Params, Sampling
+
+Reward = Callable[[Sequence[Completion], Sequence[str]], tuple[list[float], dict[str, list[float]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """Keys of `rollout`: what a step learns from."""
+
+    num_prompts: int  # groups a step
+    filter_zero_std: bool = True  # drop groups whose rewards all agree, and draw others (DAPO)
+    max_gen_batches: int = 10  # draws a step; with too few groups after them the step is skipped
+
+    def __post_init__(self):
+        for name in ("num_prompts", "max_gen_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclasses.dataclass
+class Rollout:
+    """The groups of one step, perhaps not all of them yet. Everything but the times is kept."""
+
+    step: int
+    groups: list[Group] = dataclasses.field(default_factory=list)
+    gen_batches: int = 0
+    generated: int = 0  # groups, with those that were dropped
+    began: float = 0.0  # seconds of time.perf_counter
+    ended: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "groups": [group.to_json() for group in self.groups],
+            "gen_batches": self.gen_batches,
+            "generated": self.generated,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Rollout":
+        groups = [Group.from_json(group) for group in content["groups"]]
+        return cls(content["step"], groups, content["gen_batches"], content["generated"])
+
+
+class Interrupted(Exception):
+    """The rollout was asked to stop; what was complete is in the rollout it was given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """Fills rollouts. A step's draws depend on the key, the step and the parameters alone.
+
+    Only one thread at a time may collect: the prompt stream and its table of difficulty go along.
+    """
+
+    config: CollectConfig
+    sampling: Sampling  # its num_samples is the size R of a group
+    prompts: PromptStream
+    encode: Callable[[str], list[int]]
+    generate: Generate
+    reward: Reward
+    solved_by: str  # the reward function whose mean is a prompt's solve rate
+    key: jax.Array
+
+    def complete(self, rollout: Rollout) -> bool:
+        enough = len(rollout.groups) >= self.config.num_prompts
+        return enough or rollout.gen_batches >= self.config.max_gen_batches
+
+    def collect(
+        self, rollout: Rollout, params: Params, stop: Callable[[], bool] = lambda: False
+    ) -> Rollout:
+        """Draws until the rollout is complete; a rollout that was begun goes on where it was.
+
+        Raises Interrupted soon after `stop()` is true, the prompt stream back where the last
+        complete draw left it.
+        """
+        rollout.began = time.perf_counter()
+        step_key = jax.random.fold_in(self.key, rollout.step)
+
+        def on_progress(*_):
+            if stop():
+                raise Interrupted
+
+        while not self.complete(rollout):
+            before = self.prompts.get_state()
+            key = jax.random.fold_in(step_key, rollout.gen_batches)
+            try:
+                drawn = self._draw(self._ask(rollout), params, key, on_progress)
+            except Interrupted:
+                self.prompts.set_state(before)
+                raise
+            rollout.gen_batches += 1
+            rollout.generated += len(drawn)
+            kept = [g for g in drawn if g.varied] if self.config.filter_zero_std else drawn
+            rollout.groups = (rollout.groups + kept)[: self.config.num_prompts]
+        rollout.ended = time.perf_counter()
+        return rollout
+
+    def _ask(self, rollout: Rollout) -> int:
+        """How many prompts to draw: those missing, over the share that was kept so far."""
+        missing = self.config.num_prompts - len(rollout.groups)
+        if rollout.generated == 0:
+            return missing
+        share = max(len(rollout.groups) / rollout.generated, 0.25)
+        return min(self.config.num_prompts, math.ceil(missing / share))
+
+    def _draw(self, num: int, params: Params, key: jax.Array, on_progress) -> list[Group]:
+        prompts = self.prompts.next(num)
+        texts = [prompt.text for prompt in prompts]
+        completions = self.generate(params, texts, self.sampling, key, on_progress=on_progress)
+        flat = [c for row in completions for c in row]
+        answers = [p.answer for p, row in zip(prompts, completions, strict=True) for _ in row]
+        rewards, breakdown = self.reward(flat, answers)
+        groups, R = [], self.sampling.num_samples
+        for q, prompt in enumerate(prompts):
+            own = slice(q * R, (q + 1) * R)
+            group = Group(
+                prompt=prompt,
+                prompt_ids=tuple(self.encode(prompt.text)),
+                completions=tuple(completions[q]),
+                rewards=tuple(rewards[own]),
+                breakdown={name: tuple(values[own]) for name, values in breakdown.items()},
+            )
+            solved = group.breakdown[self.solved_by]
+            self.prompts.record(prompt.id, sum(solved) / R, R)
+            groups.append(group)
+        return groups
