@@ -221,9 +221,10 @@ class LanguageModel:
         # Concatenating weights that are split over the tensor axis would move them between devices.
         self._fuse = mesh is None or rules.axis_size(mesh, "heads") == 1
         self.value_head = value_head
-        abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), value_head))
-        self._graph, state = nnx.split(abstract)
-        self.shapes: Params = nnx.to_pure_dict(nnx.state(abstract))
+        declare = lambda head: nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), head))
+        self._graph = nnx.graphdef(declare(False))
+        state = nnx.state(declare(value_head))
+        self.shapes: Params = nnx.to_pure_dict(state)
         self.axes: Params = nnx.to_pure_dict(
             jax.tree.map(_logical_axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
         )
@@ -236,9 +237,15 @@ class LanguageModel:
         return nnx.to_pure_dict(nnx.state(module))
 
     def with_value_head(self, params: Params) -> Params:
-        """Parameters of a model without a value head, with a zero one: PPO's warm start."""
+        """The parameters as a tree of this model: a value head that they lack is added, zero."""
+        if not self.value_head:
+            return params
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes["value_head"])
         return {"value_head": zeros, **params}
+
+    def _module(self, params: Params) -> Decoder:
+        """The network alone, which runs on parameters with and without a value head."""
+        return nnx.merge(self._graph, {k: v for k, v in params.items() if k != "value_head"})
 
     def shardings(self) -> Params:
         """Where each weight lives, from the rules table."""
@@ -289,7 +296,7 @@ class LanguageModel:
 
     def _forward(self, params, tokens_BT, segments_BT, positions_BT, keep_kv=False):
         c = self.config
-        module = nnx.merge(self._graph, params)
+        module = self._module(params)
         mask = AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
         cos, sin = rope_tables(positions_BT, c.head_dim, c.rope_theta)
         x_BTD = self._embed(module.embedding[...], tokens_BT)
@@ -329,7 +336,7 @@ class LanguageModel:
         )
 
     def decode_weights(self, params: Params) -> DecodeWeights:
-        module = nnx.merge(self._graph, params)
+        module = self._module(params)
         stacked = jax.vmap(lambda block: block.weights(self.dtype, self._fuse))(module.layers)
         return DecodeWeights(
             embedding=params["embedding"].astype(self.dtype),

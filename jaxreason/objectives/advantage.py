@@ -117,13 +117,6 @@ def advantages(
     return Estimate((centred_QR * scale).reshape(-1).astype(np.float32))
 
 
-def spread(advantages: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
-    """[B] or [B, T] advantages as one float32 array a completion, of its own length."""
-    if advantages.ndim == 1:
-        return [np.full(n, a, np.float32) for a, n in zip(advantages, lengths, strict=True)]
-    return [row_T[:n] for row_T, n in zip(advantages, lengths, strict=True)]
-
-
 def whiten(x_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
     """Mean 0 and variance 1 over the learnt tokens of the whole batch; 0 elsewhere."""
     count = max(mask_BT.sum(), 1)

@@ -140,12 +140,13 @@ class PolicyGradient:
         """(logp_BT, entropy_BT, values_BT or None) of the targets at the rollout's temperature.
 
         The old and the reference log-probs are made by it too, so that no temperature can differ.
+        There are values where the parameters have a value head.
         """
         h_BTD = model.hidden(params, batch.tokens_BT, batch.segments_BT, batch.positions_BT)
         logp_BT, entropy_BT, _ = model.logprobs(
             params, h_BTD, batch.targets_BT, temperature=self.temperature
         )
-        return logp_BT, entropy_BT, model.values(params, h_BTD) if self.value_coef else None
+        return logp_BT, entropy_BT, model.values(params, h_BTD) if "value_head" in params else None
 
     # -- the switches ------------------------------------------------------------------------------
 
