@@ -10,12 +10,20 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from jaxreason.reasoning.scaling import s1_metrics
 from jaxreason.report import page, plots
-from jaxreason.report.summary import read_lines, read_metrics, write_whole
+from jaxreason.report.summary import iterate_lines, read_metrics, write_whole
 
 _GOOD = ("ok", "done", "complete", "completed", "finished", "success")
 _SHARES = ("avg@", "pass@", "maj@", "truncated")  # metrics that are shown in percent
 _SAMPLES_A_KIND = 2  # right ones, and wrong ones, of each stage and set
+_ROLLOUT_STEPS = 3  # the last ones, of which groups are shown
+_GROUPS_A_KIND = 2  # best ones, and worst ones, of those steps
+_LEARNING = {  # metric of reinforcement learning -> title and unit of its panel
+    "reward": ("reward", "mean of a rollout"),
+    "completions/mean_length": ("response length", "tokens"),
+    "entropy": ("entropy", "nats a token"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +48,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     summary = json.loads((workdir / "summary.json").read_text())
     records = read_metrics(workdir)
     path = workdir / "report.html"
-    samples = read_lines(workdir / "samples.jsonl")
+    samples = iterate_lines(workdir / "samples.jsonl")
     write_whole(path, render(workdir.resolve().name, config, summary, records, samples))
     return path
 
@@ -56,6 +64,7 @@ def render(
     evals = summary["evals"]
     names = [*summary["stages"], *evals, *(stage for stage, _ in map(_stage_of, records))]
     palette = plots.Palette(list(dict.fromkeys(names)))
+    evaluated, rollouts = _sort_samples(samples)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -68,7 +77,10 @@ def render(
         sets=[_set(name, evals, palette) for name in _set_names(evals)],
         stages=_table("stage", summary["stages"]),
         losses=_losses(records, palette),
-        samples=_pick(samples),
+        learning=_learning(records, palette),
+        scaling=_scaling(summary["scaling"]),
+        samples=evaluated,
+        rollouts=[_best_and_worst(stage, steps) for stage, steps in rollouts.items()],
         config=list(_flatten(config)),
     )
 
@@ -169,7 +181,7 @@ def _set(name: str, evals: Mapping[str, Mapping[str, Any]], palette: plots.Palet
     return shown
 
 
-# ---------------------------------------------------------------------- curves, samples, config
+# ------------------------------------------------------------------------- curves and samples
 
 
 def _stage_of(record: dict[str, Any]) -> tuple[str, bool]:
@@ -178,30 +190,181 @@ def _stage_of(record: dict[str, Any]) -> tuple[str, bool]:
     return stage.removesuffix(".validation"), stage.endswith(".validation")
 
 
-def _losses(records: Iterable[dict[str, Any]], palette: plots.Palette) -> str:
+def _losses(records: Sequence[dict[str, Any]], palette: plots.Palette) -> str:
+    """Of the stages that minimise it; a policy gradient's is no measure of anything."""
     curves: tuple[dict[str, list], dict[str, list]] = ({}, {})
+    rewarded = {record["stage"] for record in records if "reward" in record}
     for record in records:
         loss = record.get("loss")
-        if loss is not None and math.isfinite(loss):
+        if loss is not None and math.isfinite(loss) and record["stage"] not in rewarded:
             stage, is_validation = _stage_of(record)
             curves[is_validation].setdefault(stage, []).append((record["step"], loss))
     train, validation = curves
     return markupsafe.Markup(plots.loss_curves(train, validation, palette)) if train else ""
 
 
-def _pick(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first few right and wrong completions of each stage and set, one a problem and kind."""
-    groups: dict[tuple[str, str], dict[bool, list]] = {}
+def _learning(records: Sequence[dict[str, Any]], palette: plots.Palette) -> list[dict[str, Any]]:
+    """The figure of each stage that has rewards."""
+    figures = []
+    for stage in dict.fromkeys(record["stage"] for record in records if "reward" in record):
+        own = [record for record in records if record["stage"] == stage]
+        names = dict.fromkeys(name for record in own for name in record)
+        shown = dict(_LEARNING)
+        for name in names:
+            if name.startswith("eval/") and name.split("/")[-1].startswith("avg@"):
+                _, set_name, metric = name.split("/")
+                if "_" not in metric:  # not its interval
+                    shown[name] = (f"held-out {set_name}", metric)
+        panels = {
+            title: (measured, [(r["step"], r[name]) for r in own if _is_finite(r.get(name))])
+            for name, (title, measured) in shown.items()
+        }
+        panels = {title: panel for title, panel in panels.items() if panel[1]}
+        svg = plots.learning_curves(panels, palette.color(stage))
+        figures.append({"stage": stage, "svg": markupsafe.Markup(svg)})
+    return figures
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _sort_samples(
+    samples: Iterable[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, dict[int, list]]]:
+    """What the page shows of samples.jsonl: evaluations, and {stage: {step: groups}} of rollouts.
+
+    Of an evaluation the first few right and wrong completions of each stage and set, one a problem
+    and kind; of reinforcement learning all groups of a stage's last steps.
+    """
+    sets: dict[tuple[str, str], dict[bool, list]] = {}
+    rollouts: dict[str, dict[int, list]] = {}
     for sample in samples:
-        kinds = groups.setdefault((sample["stage"], sample["set"]), {True: [], False: []})
+        if "set" not in sample:
+            steps = rollouts.setdefault(sample["stage"], {})
+            steps.setdefault(sample["step"], []).append(sample)
+            if len(steps) > _ROLLOUT_STEPS:
+                del steps[min(steps)]
+            continue
+        kinds = sets.setdefault((sample["stage"], sample["set"]), {True: [], False: []})
         for correct, kept in kinds.items():
             found = next((c for c in sample["completions"] if c["correct"] is correct), None)
             if found is not None and len(kept) < _SAMPLES_A_KIND:
                 kept.append({**found, "prompt": sample["prompt"], "answer": sample["answer"]})
-    return [
+    evaluated = [
         {"stage": stage, "set": name, "samples": kinds[True] + kinds[False]}
-        for (stage, name), kinds in groups.items()
+        for (stage, name), kinds in sets.items()
     ]
+    return evaluated, rollouts
+
+
+def _best_and_worst(stage: str, steps: Mapping[int, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """The groups with the highest and the lowest mean reward, best first."""
+    groups = []
+    for group in (group for step in sorted(steps, reverse=True) for group in steps[step]):
+        rewards = [completion["reward"] for completion in group["completions"]]
+        ranked = sorted(group["completions"], key=lambda c: c["reward"], reverse=True)
+        mean = sum(rewards) / len(rewards)
+        groups.append({**group, "completions": ranked, "mean": mean, "rewards": rewards})
+    groups.sort(key=lambda group: group["mean"], reverse=True)  # stable: the latest of equals first
+    worst = groups[_GROUPS_A_KIND:][-_GROUPS_A_KIND:]
+    return {"stage": stage, "groups": groups[:_GROUPS_A_KIND] + worst}
+
+
+# --------------------------------------------------------------------------- test-time scaling
+
+
+def _scaling(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figure and tables of each stage and set whose scaling was measured."""
+    benches: dict[tuple[str, str], dict[str, list]] = {}
+    for record in records:
+        curves = benches.setdefault((record["stage"], record["set"]), {})
+        curves.setdefault(_spending(record), []).append(record)
+    return [
+        {
+            "stage": stage,
+            "set": name,
+            "by_samples": _spending_figure(curves, ("majority", "best_of_n")),
+            "by_thinking": _spending_figure(curves, ("budget", "waits")),
+            "table": _scaling_table(curves),
+            "s1": _s1_table(curves),
+        }
+        for (stage, name), curves in benches.items()
+    ]
+
+
+def _spending(record: dict[str, Any]) -> str:
+    """The name of the curve a record belongs to."""
+    names = {
+        "majority": "vote of n samples",
+        "best_of_n": "likeliest of n samples",
+        "waits": "thinking made to go on n times",
+    }
+    return names.get(record["method"]) or f"thinking budget ({record['wording']})"
+
+
+def _asked(record: dict[str, Any]) -> str:
+    if record["budget"] is not None:
+        return f"≤{record['budget']}"
+    return f"+{record['n']}" if record["method"] == "waits" else f"{record['n']}"
+
+
+def _spending_figure(curves: Mapping[str, Sequence[dict[str, Any]]], methods: Sequence[str]) -> str:
+    """The curves of these methods, "" where none was measured."""
+    shown = [_curve(*curve) for curve in curves.items() if curve[1][0]["method"] in methods]
+    return markupsafe.Markup(plots.scaling_curves(shown)) if shown else ""
+
+
+def _curve(name: str, records: Sequence[dict[str, Any]]) -> plots.Spending:
+    return plots.Spending(
+        name,
+        tokens=[max(record["mean_tokens"], 1.0) for record in records],
+        accuracy=[record["accuracy"] for record in records],
+        interval=[record["ci"] for record in records],
+        labels=[_asked(record) for record in records],
+    )
+
+
+def _scaling_table(curves: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
+    columns = ["method", "n or budget", "accuracy", "mean tokens", "mean thinking", "truncated"]
+    cells = [
+        [
+            name,
+            Cell(_asked(record)),
+            Cell(f"{record['accuracy']:.1%}", _interval(record["ci"])),
+            Cell(f"{record['mean_tokens']:,.1f}"),
+            Cell(f"{record['mean_thinking']:,.1f}"),
+            Cell(f"{record['truncated']:.1%}"),
+        ]
+        for name, records in curves.items()
+        for record in records
+    ]
+    return Table(columns, cells)
+
+
+def _s1_table(curves: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
+    """s1's metrics of the methods that control the thinking of one sample."""
+    cells = []
+    for name, records in curves.items():
+        if records[0]["method"] not in ("budget", "waits"):
+            continue
+        limits = [math.inf if r["budget"] is None else r["budget"] for r in records]
+        metrics = s1_metrics(
+            [r["mean_thinking"] for r in records], [r["accuracy"] for r in records], limits
+        )
+        slope = metrics["scaling"]
+        cells.append(
+            [
+                name,
+                Cell(f"{metrics['control']:.0%}"),
+                Cell("–" if slope is None else f"{100 * slope:+.3g} points"),
+                Cell(f"{metrics['performance']:.1%}"),
+            ]
+        )
+    return Table(["s1's metrics", "control", "scaling, a token", "performance"], cells)
+
+
+# -------------------------------------------------------------------------------------- config
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:

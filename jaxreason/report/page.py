@@ -36,7 +36,8 @@ td small { color: var(--soft); margin-left: 4px; }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
           padding: 10px 18px; margin: 0 0 8px; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
-summary .mark { display: inline-block; min-width: 4.2em; font-size: 13px; font-weight: 600; }
+summary .mark { display: inline-block; min-width: 4.8em; font-size: 13px; font-weight: 600; }
+.wide { overflow-x: auto; margin-top: 8px; } strong { color: var(--ink); }
 .right { color: #00704f; } .wrong { color: #b03a00; }
 pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 8px 0;
       white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f8fa; border-radius: 8px;
@@ -102,6 +103,30 @@ TEMPLATE = """<!doctype html>
 <h2>Loss</h2>
 {{ chart("Training loss of each stage: as logged, and its moving average", losses) }}
 {% endif %}
+{% if learning %}
+<h2>Reinforcement learning</h2>
+{% for figure in learning %}
+{{ chart(figure.stage ~ ": as logged, and the moving average", figure.svg) }}
+{% endfor %}
+{% endif %}
+{% for bench in scaling %}
+<h2>Test-time scaling of {{ bench.stage }} on {{ bench.set }}</h2>
+<p class="soft">What the tokens spent on a problem buy, with 95 % bootstrap intervals over
+problems.</p>
+<div class="pair">
+{% if bench.by_samples %}
+{{ chart("More samples: accuracy against tokens", bench.by_samples) }}
+{% endif %}
+{% if bench.by_thinking %}
+{{ chart("More or less thinking: accuracy against tokens", bench.by_thinking) }}
+{% endif %}
+</div>
+{% if bench.s1.cells %}
+<div class="panel">{{ table(bench.s1) }}</div>
+{% endif %}
+<details><summary>{{ bench.table.cells | length }} points</summary>
+<div class="wide">{{ table(bench.table) }}</div></details>
+{% endfor %}
 {% if samples %}
 <h2>Samples</h2>
 <p class="soft">The first right and wrong completions of each stage, as they were sampled.</p>
@@ -115,6 +140,29 @@ TEMPLATE = """<!doctype html>
 <p class="soft">prompt</p><pre>{{ s.prompt }}</pre>
 <p class="soft">completion</p><pre>{{ s.text }}</pre>
 <p class="soft">right answer</p><pre>{{ s.answer }}</pre>
+</details>
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% if rollouts %}
+<h2>Groups of completions</h2>
+<p class="soft">The best and the worst groups of the last steps' rollouts, with their rewards.</p>
+{% for rollout in rollouts %}
+<h3>{{ rollout.stage }}</h3>
+{% for group in rollout.groups %}
+<details>
+<summary><span class="mark">{{ "%.2f" | format(group.mean) }}</span>
+{{ group.prompt | trim | truncate(90) }}
+<span class="soft">step {{ group.step }}, {{ group.completions | length }} completions, rewards
+{{ "%.2f" | format(group.rewards | min) }} to {{ "%.2f" | format(group.rewards | max) }}</span>
+</summary>
+<p class="soft">prompt</p><pre>{{ group.prompt }}</pre>
+<p class="soft">right answer</p><pre>{{ group.answer }}</pre>
+{% for c in group.completions %}
+<p class="soft"><strong>{{ "%.2f" | format(c.reward) }}</strong>
+{% for name, value in c.rewards.items() %}· {{ name }} {{ "%.2f" | format(value) }} {% endfor %}
+· {{ c.num_tokens }} tokens{{ ", cut off" if c.truncated }}</p><pre>{{ c.text }}</pre>
+{% endfor %}
 </details>
 {% endfor %}
 {% endfor %}

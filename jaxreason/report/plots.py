@@ -4,6 +4,7 @@ Each stage has one colour in every figure (`Palette`), from Okabe and Ito's set,
 readers can tell apart; markers differ too.
 """
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 
@@ -11,10 +12,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LABEL_SIZE = (24, 11)  # points of a short label, with room around it
+_FEW_POINTS = 12  # so few are drawn as points and not smoothed
 _INK, _GRID = "#3d4550", "#e4e7eb"
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
@@ -78,6 +81,29 @@ def loss_curves(
             axes.set_ylim(bottom=0)
             if i % columns == 0:
                 axes.set_ylabel("loss (nats a token)")
+        return _svg(figure)
+
+
+def learning_curves(panels: Mapping[str, tuple[str, Points]], color: str) -> str:
+    """One panel a title: (what is measured, (step, value) as logged), and its moving average."""
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 2.9 * rows), layout="constrained")
+        for i, (title, (measured, points)) in enumerate(panels.items()):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            steps, values = np.array(points, float).T
+            few = len(points) < _FEW_POINTS  # as of an evaluation every so many steps
+            axes.plot(steps, values, "o-" if few else "-", color=color, linewidth=2 if few else 1,
+                      alpha=1.0 if few else 0.3, markersize=5)  # fmt: skip
+            if not few:
+                axes.plot(steps, smooth(values), color=color, linewidth=2)
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            bottom = min(0.0, float(values.min()))
+            axes.set_ylim(bottom, bottom + 1.08 * max(float(values.max()) - bottom, 1e-9))
+            axes.set_ylabel(measured)
         return _svg(figure)
 
 
@@ -149,6 +175,59 @@ def accuracy_by_tokens(
         _percent_y(axes, metric)
         figure.legend(loc="outside lower center", ncols=min(3, len(values)))
         return _svg(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spending:
+    """One way to spend tokens on a problem: a curve of accuracy against tokens."""
+
+    name: str
+    tokens: Sequence[float]  # mean tokens a problem, above 0
+    accuracy: Sequence[float]
+    interval: Sequence[tuple[float, float]]
+    labels: Sequence[str]  # what was asked for at each point
+
+
+def scaling_curves(curves: Sequence[Spending]) -> str:
+    """Accuracy with its intervals against tokens, on an axis where a doubling is one length."""
+    palette = Palette([curve.name for curve in curves])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.7, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        for i, curve in enumerate(curves):
+            low, high = np.array(curve.interval).T
+            width = max(7 - 2.5 * i, 2)  # an interval at the same place is seen inside the other
+            color = palette.color(curve.name)
+            axes.vlines(curve.tokens, low, high, color=color, alpha=0.35, lw=width)
+            order = np.argsort(curve.tokens, kind="stable")
+            points = np.array(curve.tokens)[order], np.array(curve.accuracy)[order]
+            axes.plot(*points, **_line(curve.name, palette))
+        axes.set_xscale("log", base=2)
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("mean tokens a problem")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))  # 97.5% is a tick too
+        axes.set_ylabel("accuracy")
+        bounds = np.concatenate([np.array(curve.interval).ravel() for curve in curves])
+        room = max(0.15 * float(np.ptp(bounds)), 0.02)
+        axes.set_ylim(max(bounds.min() - room, -0.05), min(bounds.max() + room, 1.05))
+        _label_points(axes, curves, palette)
+        figure.legend(loc="outside lower center", ncols=1 if len(curves) > 2 else 2)
+        return _svg(figure)
+
+
+def _label_points(axes: Axes, curves: Sequence[Spending], palette: Palette) -> None:
+    """What was asked for, beside each point that has room for it; curves in turn above, below."""
+    placed: list[np.ndarray] = []
+    for i, curve in enumerate(curves):
+        for x, y, label in zip(curve.tokens, curve.accuracy, curve.labels):
+            offset = np.array((5, 6) if i % 2 == 0 else (5, -14))
+            here = axes.transData.transform((x, y)) * 72 / axes.figure.dpi + offset  # in points
+            if all(np.any(abs(here - other) > _LABEL_SIZE) for other in placed):
+                placed.append(here)
+                axes.annotate(label, (x, y), offset, textcoords="offset points", fontsize=9.5,
+                              color=palette.color(curve.name))  # fmt: skip
 
 
 def _line(stage: str, palette: Palette) -> dict:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -20,7 +21,8 @@ def write_summary(
     Args:
       stages: {stage: {"steps", "tokens", "final_loss", ...}}, in the order they ran.
       evals: {stage: {set: metrics of evals/}}.
-      scaling: test-time scaling, [{"method", "n", "budget", "accuracy", "mean_tokens"}].
+      scaling: test-time scaling, [{"method", "n", "budget", "accuracy", "mean_tokens", ...}], as
+        reasoning/scaling.py makes the records.
 
     Numbers that are not finite are written as null: JSON has no others.
     """
@@ -54,9 +56,15 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """A file of one JSON object a line; a last line without its end was cut off and is dropped."""
+    return list(iterate_lines(path))
+
+
+def iterate_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """`read_lines` one by one: the samples of a long run do not fit into memory together."""
     if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        return
+    with path.open(encoding="utf-8", newline="\n") as file:
+        yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def _finite(value: Any) -> Any:

@@ -76,6 +76,60 @@ def fill(workdir, stages=STAGES):
     return workdir
 
 
+def scaling_record(method, n=1, budget=None, **fields):
+    tokens = 40.0 * n if method in ("majority", "best_of_n") else 10.0 + (budget or 40.0)
+    return {
+        "stage": "rl", "set": "arithmetic", "method": method, "n": n, "budget": budget,
+        "accuracy": 0.7, "ci": [0.66, 0.75], "mean_tokens": tokens, "mean_thinking": tokens - 6,
+        "truncated": 0.0, **fields,
+    }  # fmt: skip
+
+
+SCALING = [
+    *(scaling_record(method, n) for method in ("best_of_n", "majority") for n in (1, 2, 4, 8, 16)),
+    *(scaling_record("budget", budget=b, wording=w) for w in ("s1", "qwen3") for b in (0, 16, 32)),
+    *(scaling_record("waits", n) for n in (0, 1, 2)),
+]
+
+
+def group(step, prompt, rewards):
+    completions = [
+        {
+            "text": f"{HOSTILE}{reward}",
+            "reward": reward,
+            "num_tokens": 9,
+            "truncated": reward < 0,
+            "rewards": {"accuracy": float(reward > 0), "format": 1.0},
+        }
+        for reward in rewards
+    ]
+    head = {"stage": "rl", "step": step, "prompt": prompt, "answer": "5"}
+    return {**head, "completions": completions}
+
+
+def add_rl(workdir):
+    """A stage of reinforcement learning and its scaling, as the loop and the recipes log them."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    stages = summary["stages"] | {"rl": {"steps": 40, "skipped": 1}}
+    both = summary["evals"] | {"rl": {"arithmetic": evals(0.88, 41.0)}}
+    write_summary(workdir, "done", 700.0, stages, both, SCALING)
+    whole = (workdir / "metrics.jsonl").read_text().rsplit("\n", 1)[0] + "\n"
+    lines = []
+    for step in range(1, 41):
+        line = {"stage": "rl", "step": step, "time": 1.0, "loss": -0.01, "reward": 0.5 + step / 99}
+        line |= {"completions/mean_length": 60.0 - step, "entropy": 0.3}
+        if step % 20 == 0:
+            line |= {"eval/arithmetic/avg@4": 0.8, "eval/arithmetic/pass@4": 0.9}
+        lines.append(line if step != 7 else {"stage": "rl", "step": 7, "time": 1.0})  # skipped
+    (workdir / "metrics.jsonl").write_text(whole + "".join(json.dumps(x) + "\n" for x in lines))
+    with (workdir / "samples.jsonl").open("a") as file:
+        for step in (1, 10, 20, 30, 40):
+            for i in range(6):
+                line = group(step, f"{step}+{i}=", [i / 5, i / 5 - 0.2])
+                file.write(json.dumps(line) + "\n")
+    return workdir
+
+
 class Page(html.parser.HTMLParser):
     """Counts elements and checks that they nest."""
 
@@ -142,6 +196,53 @@ def test_report_shows_everything_and_needs_no_network(tmp_path):
         assert shown in text, shown
     assert "812,345 parameters" in text and "config.name" in text
     assert "validation" in text
+
+
+def test_report_shows_rewards_scaling_and_groups(tmp_path):
+    before = Page(write_report(fill(tmp_path)).read_text()).count
+    text = write_report(add_rl(tmp_path)).read_text()
+    count = Page(text).count
+    assert count["svg"] == before["svg"] + 3  # learning, more samples, more thinking
+    assert count["details"] == before["details"] + 4 + 1  # groups, the table of points
+    assert count["tr"] == before["tr"] + 2 + (1 + 3) + (1 + len(SCALING))  # rl twice, s1, points
+    assert "script" not in count and "&lt;script&gt;" in text
+    names = "response length|held-out arithmetic|entropy|Test-time scaling of rl on arithmetic"
+    values = "thinking budget (qwen3)|≤16|+2|66.0 to 75.0|accuracy 1.00"
+    for shown in f"{names}|{values}".split("|"):
+        assert shown in text, shown
+    curves = text[text.index("<h2>Loss</h2>") : text.index("Reinforcement learning")]
+    assert "sft_cot" in curves and ">rl<" not in curves  # a policy gradient's loss says nothing
+
+
+def test_groups_are_the_best_and_the_worst_of_the_last_steps(tmp_path):
+    text = write_report(add_rl(fill(tmp_path))).read_text()
+    text = text[text.index("Groups of completions") :]
+    prompts = [f"{step}+{i}=" for step, i in ((40, 5), (30, 5), (30, 0), (20, 0))]
+    places = [text.index(f"</span>\n{prompt}\n") for prompt in prompts]
+    assert places == sorted(places)
+    assert text.count("2 completions, rewards") == 4
+    assert text.index("<strong>1.00</strong>") < text.index("<strong>0.80</strong>")
+    assert "9 tokens, cut off" in text
+
+
+def test_few_groups_are_shown_once(tmp_path):
+    fill(tmp_path)
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        for i in range(3):
+            file.write(json.dumps(group(1, f"1+{i}=", [i / 2, 0.0])) + "\n")
+    text = write_report(tmp_path).read_text()
+    assert all(text.count(f"<pre>1+{i}=</pre>") == 1 for i in range(3))
+
+
+@pytest.mark.parametrize("method, s1_rows", [("majority", 0), ("budget", 1 + 2), ("waits", 1 + 1)])
+def test_one_way_to_spend_tokens_is_enough_for_a_report(tmp_path, method, s1_rows):
+    fill(tmp_path)
+    records = [record for record in SCALING if record["method"] == method]
+    write_summary(tmp_path, "done", 1.0, {}, {}, records)
+    (tmp_path / "metrics.jsonl").unlink()
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count["svg"] == 1
+    assert page.count["tr"] == 1 + len(records) + s1_rows
 
 
 def test_report_escapes_what_a_model_or_a_config_says(tmp_path):
