@@ -218,16 +218,19 @@ def scaling_curves(curves: Sequence[Spending]) -> str:
 
 
 def _label_points(axes: Axes, curves: Sequence[Spending], palette: Palette) -> None:
-    """What was asked for, beside each point that has room for it; curves in turn above, below."""
+    """What was asked for, beside each point that has room for it.
+
+    Curves rise: one is labelled above on the left, the next below on the right.
+    """
     placed: list[np.ndarray] = []
     for i, curve in enumerate(curves):
+        side, offset = ("right", (-5, 6)) if i % 2 == 0 else ("left", (5, -14))
         for x, y, label in zip(curve.tokens, curve.accuracy, curve.labels):
-            offset = np.array((5, 6) if i % 2 == 0 else (5, -14))
             here = axes.transData.transform((x, y)) * 72 / axes.figure.dpi + offset  # in points
             if all(np.any(abs(here - other) > _LABEL_SIZE) for other in placed):
                 placed.append(here)
                 axes.annotate(label, (x, y), offset, textcoords="offset points", fontsize=9.5,
-                              color=palette.color(curve.name))  # fmt: skip
+                              ha=side, color=palette.color(curve.name))  # fmt: skip
 
 
 def _line(stage: str, palette: Palette) -> dict:
