@@ -4,44 +4,44 @@ An answer is read from the text after the reasoning; which part that is says the
 (text/chat.py's `split_reasoning`), because only that shelf knows the think tags.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 from jaxreason import types
+from jaxreason.rewards import numerals
 
 Split = Callable[[str], tuple[str | None, str]]  # completion text -> (reasoning, answer text)
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_MAGNITUDE = rf"\$?(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-# A minus right after an operand or a closing bracket is a subtraction: "84-7" ends in 7.
-_NUMBER = re.compile(rf"(?:(?<![\w)\].])[-−])?{_MAGNITUDE}(?:/{_DIGITS})?")
-_VALUE = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:/([0-9]+))?")
-_MAX_DIGITS = 1_000  # longer ones are compared as text: a sampler can print digits without end
-_HASHES = "#### "
+HASHES = "#### "
 _BOXED = "\\boxed{"
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer of a text in canonical form, None where there is none.
+    """The final answer of a text in canonical form, None where there is none."""
+    answer = written_answer(text)
+    return None if answer is None else canonical(answer)
+
+
+def written_answer(text: str) -> str | None:
+    """The final answer as it was written, None where there is none.
 
     The last `\\boxed{...}` whose braces balance; else the number, or all, that follows the last
     `#### ` on its line; else the last number.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
-        return canonical(boxed) or None
-    _, hashes, rest = text.rpartition(_HASHES)
-    if hashes:
-        line = rest.split("\n", 1)[0]
-        number = _NUMBER.search(line)
-        return canonical(number[0] if number else line) or None
-    numbers = _NUMBER.findall(text)
-    return canonical(numbers[-1]) if numbers else None
+        return boxed if canonical(boxed) else None
+    _, hashes, rest = text.rpartition(HASHES)
+    if not hashes:
+        return next(reversed(list(numerals.find(text))), None)
+    line = rest.split("\n", 1)[0]
+    answer = line if numerals.read(line) else next(numerals.find(line), line)
+    return answer if canonical(answer) else None
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """What the last balanced `\\boxed{}` holds; a box cut off by the token limit does not count."""
     opened, last = [], None
     for brace in re.finditer(r"[{}]", text):  # one pass: a loop of a model can open many boxes
@@ -56,25 +56,25 @@ def _last_boxed(text: str) -> str | None:
 
 def canonical(answer: str) -> str:
     """One spelling for equal numbers: `$1,200.50.` -> `2401/2`, `72.0` -> `72`; others stripped."""
-    text = answer.strip().replace("\\$", "").replace("$", "").replace("\\%", "").replace("%", "")
-    text = text.replace("\\!", "").replace("−", "-").strip().removesuffix(".")
-    bare = re.sub(rf"{_DIGITS}", lambda match: match[0].replace(",", ""), text).replace(" ", "")
-    value = _value(bare)
-    return text if value is None else str(value)
-
-
-def _value(text: str) -> Fraction | None:
-    """An integer, a decimal or a fraction of integers as an exact number, else None."""
-    match = _VALUE.fullmatch(text)
-    if match is None or len(text) > _MAX_DIGITS:
-        return None
-    numerator, denominator = Fraction(match[1]), int(match[2] or 1)
-    return numerator / denominator if denominator else None
+    number = numerals.read(answer)
+    return numerals.plain(answer) if number is None else str(number.value)
 
 
 def answers_equal(a: str, b: str) -> bool:
-    """Whether two answers are the same number, or the same text where they are no numbers."""
-    return canonical(a) == canonical(b)
+    """Whether two answers are the same number, or the same text where they are no numbers.
+
+    A percent sign is a unit like any other (50 % is 50), and where only one of the two has it also
+    a hundredth (50 % is 1/2).
+    """
+    x, y = numerals.read(a), numerals.read(b)
+    if x is None or y is None:
+        return x is y is None and numerals.plain(a) == numerals.plain(b)
+    if x.value == y.value:
+        return True
+    return (
+        x.percent != y.percent
+        and (x.value * 100, y.value * 100)[x.percent] == ((y.value, x.value)[x.percent])
+    )
 
 
 class Grade(NamedTuple):
@@ -86,18 +86,34 @@ class Grade(NamedTuple):
 
 def grade(text: str, answer: str, split: Split) -> Grade:
     """Grades one completion by the answer after its reasoning; unclosed reasoning has none."""
-    extracted = extract_answer(split(text)[1])
-    return Grade(extracted, extracted is not None and answers_equal(extracted, answer))
+    written = written_answer(split(text)[1])
+    if written is None:
+        return Grade(None, False)
+    return Grade(canonical(written), answers_equal(written, answer))
 
 
-def accuracy_reward(
-    completions: Sequence[types.Completion], answers: Sequence[str], split: Split
-) -> tuple[list[float], dict[str, list[float]]]:
-    """1 for a right final answer and 0 otherwise, one for each completion and its answer.
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """1 for the right number and 0 otherwise; equal are exact rationals, whatever their spelling.
 
-    The breakdown has `accuracy` and `answered` (an answer could be read), in the same order.
+    Units, currencies and percent signs are ignored: rewards/numerals.py says what a number is.
     """
-    grades = [grade(c.text, answer, split) for c, answer in zip(completions, answers, strict=True)]
-    rewards = [float(g.correct) for g in grades]
-    answered = [float(g.extracted is not None) for g in grades]
-    return rewards, {"accuracy": rewards, "answered": answered}
+
+    split: Split
+
+    def __call__(
+        self, completions: Sequence[types.Completion], answers: Sequence[str]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """The breakdown has `answered`: 1 where an answer could be read."""
+        pairs = zip(completions, answers, strict=True)
+        grades = [grade(completion.text, answer, self.split) for completion, answer in pairs]
+        answered = [float(g.extracted is not None) for g in grades]
+        return [float(g.correct) for g in grades], {"answered": answered}
+
+    def complaints(self, answers: Sequence[str]) -> list[str | None]:
+        """For each gold answer what is wrong with it, None where it is a number."""
+        numbers = (numerals.read(answer) for answer in answers)
+        return [
+            None if number else f"is {answer!r}; it must be a number such as 72, 1/2 or 0.5"
+            for number, answer in zip(numbers, answers, strict=True)
+        ]

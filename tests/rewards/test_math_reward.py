@@ -77,7 +77,7 @@ def test_equal_answers(a, b):
         ("100000000000000000001", "100000000000000000000"),  # equal as floats
         ("1/0", "1"),
         ("2+2", "4"),
-        ("1e3", "1000"),
+        ("1e3", "1001"),
         ("1,2", "12"),
         ("", "0"),
         ("٣", "3"),
@@ -101,14 +101,14 @@ def completion(text):
 
 def test_reward_reads_only_what_follows_the_reasoning():
     texts = ["3+4=7</think>8", "3+4=8</think>7", "<think>3+4=7", "7", "</think>"]
-    values, breakdown = rewards.accuracy_reward([completion(t) for t in texts], ["7"] * 5, split)
-    assert values == breakdown["accuracy"] == [0.0, 1.0, 0.0, 1.0, 0.0]
+    values, breakdown = rewards.Exact(split)([completion(t) for t in texts], ["7"] * 5)
+    assert values == [0.0, 1.0, 0.0, 1.0, 0.0]
     assert breakdown["answered"] == [1.0, 1.0, 0.0, 1.0, 0.0]
 
 
 def test_reward_needs_an_answer_for_every_completion():
     with pytest.raises(ValueError):
-        rewards.accuracy_reward([completion("1")], ["1", "2"], split)
+        rewards.Exact(split)([completion("1")], ["1", "2"])
 
 
 def test_grade_is_canonical():
