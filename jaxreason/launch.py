@@ -25,7 +25,12 @@ _PLAIN = {
     tuple: "a tuple, as in '(1, 2)'",
     list: "a list, as in '[1, 2]'",
 }
-RECIPES = {"pipeline": "pipeline", "fit": "pipeline", "evaluate": "evaluate"}  # -> module
+RECIPES = {  # -> module
+    "pipeline": "pipeline",
+    "fit": "pipeline",
+    "rl": "pipeline",
+    "evaluate": "evaluate",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

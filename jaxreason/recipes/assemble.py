@@ -67,9 +67,15 @@ def device_mesh(mesh: ConfigDict) -> Mesh | None:
     return built if built.size > 1 else None
 
 
-def language_model(config: ConfigDict, shape: DecoderConfig, tokenizer: Tokenizer) -> LanguageModel:
+def language_model(
+    config: ConfigDict, shape: DecoderConfig, tokenizer: Tokenizer, value_head: bool = False
+) -> LanguageModel:
     return LanguageModel(
-        shape, execution(config.mesh), device_mesh(config.mesh), valid_vocab=tokenizer.vocab_size
+        shape,
+        execution(config.mesh),
+        device_mesh(config.mesh),
+        valid_vocab=tokenizer.vocab_size,
+        value_head=value_head,
     )
 
 

@@ -1,12 +1,16 @@
 """Every configuration key with its default; a file of configs/ says what differs."""
 
 import dataclasses
+import typing
 
 from ml_collections import ConfigDict, config_dict
 
 from jaxreason.data.arithmetic import ArithmeticConfig
+from jaxreason.data.prompts import PromptSource
 from jaxreason.data.sources import SourceConfig
 from jaxreason.model.config import DecoderConfig
+from jaxreason.objectives.advantage import Advantage
+from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.train.optim import OptimizerConfig
 
 
@@ -71,6 +75,7 @@ def model_config(preset: str = "qwen3-tiny", **changes) -> ConfigDict:
 def stage_config() -> dict:
     """The keys of one stage: at the top of a `fit` config, under `stages.NAME` otherwise."""
     return {
+        "kind": "fit",
         "init": {"from": "random"},  # random | HF directory | WORKDIR@STAGE[@STEP] | @STAGE
         "data": {
             "sources": {},
@@ -90,6 +95,71 @@ def stage_config() -> dict:
             "optimizer": dataclasses.asdict(OptimizerConfig()),
         },
     }
+
+
+def rl_config() -> dict:
+    """The keys of a stage of reinforcement learning, as `stage_config` for training on data."""
+    switches = lambda cls, *own: {
+        field.name: config_dict.placeholder(_plain_type(field.type))
+        for field in dataclasses.fields(cls)
+        if field.name not in own
+    }
+    return {
+        "kind": "rl",
+        "init": {"from": "random"},
+        "data": {
+            "sources": {},
+            "shuffle": True,
+            "band": (),  # (lowest, highest) solve rate of the prompts to draw, as (0.2, 0.8)
+            "band_min_samples": 8,
+            "revisit_epochs": 4,
+        },
+        "rewards": {"accuracy": reward("math")},
+        "rollout": {
+            "num_prompts": 32,
+            "num_generations": 8,  # completions a prompt
+            "max_tokens": 256,
+            "temperature": 1.0,
+            "filter_zero_std": True,
+            "max_gen_batches": 10,
+            "solved_by": "accuracy",  # the reward whose mean is a prompt's solve rate
+            "asynchronous": False,  # step n + 1 is sampled while step n is learnt from
+            "max_mult_prob_error": 1.05,
+            "slots": 256,
+            "samples_every": 10,
+        },
+        "train": {
+            "steps": 100,
+            "algorithm": "grpo",  # a preset of objectives/policy.py; switches set below override it
+            "policy": switches(PolicyGradient, "temperature", "max_length"),
+            "advantage": switches(Advantage),
+            "entropy_coef": 0.0,
+            "entropy_target": config_dict.placeholder(float),  # nats a token: adaptive entropy
+            "updates": 4,  # a rollout is split into so many
+            "num_iterations": 1,
+            "mask_truncated_completions": False,
+            "length": 512,
+            "rows_multiple": 8,
+            "optimizer": dataclasses.asdict(
+                OptimizerConfig(learning_rate=1e-6, schedule="constant", weight_decay=0.0)
+            ),
+        },
+    }
+
+
+def reward(kind: str, weight: float = 1.0, **options) -> dict:
+    """An entry of `rewards`: a kind of rewards/mix.py or the user's own `module:function`."""
+    return {"kind": kind, "weight": weight, "options": options}
+
+
+def _plain_type(annotation) -> type:
+    """The type of a switch: `float | None` is a number."""
+    return next(t for t in typing.get_args(annotation) or (annotation,) if t is not type(None))
+
+
+def prompts(**fields) -> dict:
+    """One entry of `data.sources` of a stage of reinforcement learning."""
+    return dataclasses.asdict(PromptSource(**fields))
 
 
 def source(**fields) -> dict:

@@ -17,7 +17,8 @@ from jaxreason.recipes import assemble
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_lines, write_whole
 from jaxreason.rewards import math
-from jaxreason.rollout.sample import build_generate
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout.generate import build_generate
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Batch, Params, Sampling
@@ -34,11 +35,21 @@ class Evaluation:
 
     def run(self, stage: str, params: Params, key: jax.Array) -> dict[str, dict]:
         """All sets on these parameters; the samples replace the stage's lines of samples.jsonl."""
-        metrics, samples = suite.run(self.sampled, self.generate, params, key, _grade)
+        metrics, samples = suite.run(self.sampled, self.generate, params, key, grade)
         for name, score in self.texts.items():
             metrics[name] = score(params)
         self._keep_samples(stage, samples)
         return metrics
+
+    def sampled_metrics(self, params: Params, key: jax.Array) -> dict[str, float]:
+        """The sampled sets' numbers, named as in metrics.jsonl; no sample is kept."""
+        metrics, _ = suite.run(self.sampled, self.generate, params, key, grade)
+        return {
+            f"eval/{name}/{metric}": value
+            for name, found in metrics.items()
+            for metric, value in found.items()
+            if isinstance(value, float)
+        }
 
     def validate(self, params: Params) -> dict[str, float]:
         """The text sets alone, named as in metrics.jsonl: cheap enough for a training loop."""
@@ -49,12 +60,13 @@ class Evaluation:
         }
 
     def _keep_samples(self, stage: str, samples: list[dict]) -> None:
-        kept = [line for line in read_lines(self.samples_path) if line["stage"] != stage]
+        ours = lambda line: line["stage"] == stage and "set" in line  # not a rollout's
+        kept = [line for line in read_lines(self.samples_path) if not ours(line)]
         lines = kept + [{"stage": stage, **sample} for sample in samples]
         write_whole(self.samples_path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _grade(text: str, answer: str) -> math.Grade:
+def grade(text: str, answer: str) -> math.Grade:
     return math.grade(text, answer, chat.split_reasoning)
 
 
@@ -62,12 +74,6 @@ def build(
     config: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, model: LanguageModel
 ) -> Evaluation:
     """Raises ValueError naming the set for a missing file, an unknown kind or a bad number."""
-    template = assemble.chat_template(config, tokenizer)
-
-    def encode(prompt: str) -> list[int]:
-        message = chat.Message("user", prompt)
-        return chat.encode_prompt(tokenizer, template, [message], config.chat.thinking)
-
     sampled, texts = [], {}
     for name, spec in config.eval.sets.items():
         if spec.kind == "text":
@@ -80,10 +86,25 @@ def build(
             raise ValueError(
                 f"eval.sets.{name}.kind is {spec.kind!r}; it must be arithmetic, jsonl or text"
             )
-    generate = build_generate(
-        model, encode, tokenizer.decode, tokenizer.eos_id, rows=config.eval.rows
-    )
+    generate = generator(config, tokenizer, model, config.eval.rows)
     return Evaluation(tuple(sampled), texts, generate, workdir.samples)
+
+
+def prompt_encoder(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """A user's turn -> the ids that the completion follows."""
+    template = assemble.chat_template(config, tokenizer)
+
+    def encode(prompt: str) -> list[int]:
+        message = chat.Message("user", prompt)
+        return chat.encode_prompt(tokenizer, template, [message], config.chat.thinking)
+
+    return encode
+
+
+def generator(config: ConfigDict, tokenizer: Tokenizer, model: LanguageModel, rows: int):
+    """`generate` of the rollout engine with `rows` slots, on prompts as users write them."""
+    encode = prompt_encoder(config, tokenizer)
+    return build_generate(model, encode, tokenizer.decode, tokenizer.eos_id, EngineConfig(slots=rows))
 
 
 def _sampling(spec: ConfigDict) -> Sampling:

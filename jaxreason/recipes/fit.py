@@ -13,13 +13,12 @@ from jaxreason.model.decoder import LanguageModel
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel import chips, cost, hosts
 from jaxreason.recipes import assemble, checkpoints
-from jaxreason.recipes.evaluation import Evaluation
+from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.fit import Fit, FitConfig, fit
-from jaxreason.train.metrics import MetricsWriter, Progress
 from jaxreason.train.step import make_train_step
 
 
@@ -33,6 +32,14 @@ class Stage:
     optimizer: optim.OptimizerConfig
     fit: FitConfig
     start: checkpoints.Checkpoint
+
+    @property
+    def steps(self) -> int:
+        return self.fit.steps
+
+    @property
+    def length(self) -> int:
+        return self.data.length
 
 
 def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
@@ -55,19 +62,16 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
     return Stage(name, section, data, optimizer, fit_config, start)
 
 
-def run_stage(
-    config: ConfigDict,
-    stage: Stage,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    workdir: Workdir,
-    writer: MetricsWriter,
-    progress: Progress,
-    evaluation: Evaluation,
-) -> None:
+def check_data(stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
+    """Opens the data. Raises ValueError for whatever is wrong with it."""
+    pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
+
+
+def run_stage(run: Run, stage: Stage) -> None:
     """Trains, resuming where it was, and leaves the stage's done marker."""
+    config, workdir, model = run.config, run.workdir, run.model
     done = workdir.marker(stage.name)
-    if done and done["steps"] >= stage.fit.steps:
+    if done and done["steps"] >= stage.steps:
         return
     began = time.monotonic()
     optimizer = optim.make_optimizer(stage.optimizer, model.axes)
@@ -82,7 +86,7 @@ def run_stage(
         num_shards=stage.data.num_shards,
         xla_options=config.mesh.xla_options.to_dict(),
     )
-    batches = pipeline_lib.build(stage.data, tokenizer, workdir.data)
+    batches = pipeline_lib.build(stage.data, run.tokenizer, workdir.data)
     with Store(workdir.checkpoints(stage.name), keep=config.run.keep) as store:
         job = Fit(
             stage=stage.name,
@@ -93,9 +97,9 @@ def run_stage(
             train_step=train_step,
             pipeline=batches,
             store=store,
-            writer=writer,
-            progress=progress,
-            validate=evaluation.validate if evaluation.texts else None,
+            writer=run.writer,
+            progress=run.progress,
+            validate=run.evaluation.validate if run.evaluation.texts else None,
             flops_per_token=flops_per_token(model, stage.data.length),
             peak_flops=_peak_flops(),
             trace_dir=str(workdir.path / "profile" / stage.name),

@@ -1,38 +1,49 @@
-"""Stages in order: data, training, evaluation of every stage, export, report.
+"""Stages in order: data, training, evaluation of every stage, export, scaling, report.
 
-The recipes `pipeline` (a config with `stages`) and `fit` (a config that is one stage itself).
+The recipes `pipeline` (a config with `stages`), `fit` and `rl` (a config that is one stage itself).
 Each part leaves a marker when it is done, so the same command goes on where it stopped.
 """
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import time
 
 from ml_collections import ConfigDict
 
 from jaxreason.checkpoint.store import restore_params
-from jaxreason.data import pipeline as pipeline_lib
 from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, evaluation
-from jaxreason.recipes.fit import Stage, flops_per_token, plan, run_stage
+from jaxreason.recipes import assemble, evaluation, fit, rl, scaling
+from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.html import write_report
 from jaxreason.report.summary import write_summary
 from jaxreason.train.metrics import MetricsWriter, Progress
+from jaxreason.types import Params
+
+_TRAINING = {"fit": fit, "rl": rl}  # kinds of a stage: modules of plan, check_data and run_stage
+Stage = fit.Stage | rl.RLStage | scaling.ScalingStage
 
 
 def stages_of(config: ConfigDict) -> list[Stage]:
     """Raises ValueError for whatever is wrong with any stage, before the first one runs."""
-    if config.recipe == "fit":
-        return [plan(config, config.name, config)]
+    if "stages" not in config:
+        return [_plan(config, config.name, config)]
     stages = []
     for name, section in config.stages.items():
         with _naming(config, name):
-            stages.append(plan(config, name, section))
+            stages.append(_plan(config, name, section))
     return stages
+
+
+def _plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
+    kinds = {**_TRAINING, "scaling": scaling}
+    if section.kind not in kinds:
+        raise ValueError(f"kind is {section.kind!r}; it must be one of {', '.join(kinds)}")
+    return kinds[section.kind].plan(config, name, section)
 
 
 @contextlib.contextmanager
@@ -41,7 +52,7 @@ def _naming(config: ConfigDict, stage: str):
     try:
         yield
     except ValueError as error:
-        where = "" if config.recipe == "fit" else f"stages.{stage}: "
+        where = f"stages.{stage}: " if "stages" in config else ""
         raise ValueError(f"{where}{error}") from error
 
 
@@ -52,39 +63,71 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     stages = stages_of(config)
     shape = assemble.architecture(config, stages[0].start)
     _check_order(stages)
+    trained = [stage for stage in stages if stage.section.kind in _TRAINING]
     workdir = Workdir(folder)
     workdir.open(config)
     tokenizer = assemble.tokenizer(config, workdir, stages[0].start)
     model = assemble.language_model(config, shape, tokenizer)
     prepare_data(config, workdir, progress)
-    for stage in stages:
+    for stage in trained:
         with _naming(config, stage.name):
-            pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
+            _TRAINING[stage.section.kind].check_data(stage, tokenizer, workdir)
     evaluate = evaluation.build(config, workdir, tokenizer, model)
-    describe(config, workdir, model, stages[0].data.length)
+    describe(config, workdir, model, trained[0].length)
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")
 
     # --- training ---------------------------------------------------------------------------------
     writer = MetricsWriter(workdir.path)
-    for stage in stages:
-        run_stage(config, stage, model, tokenizer, workdir, writer, progress, evaluate)
+    this_run = Run(config, workdir, tokenizer, model, evaluate, writer, progress)
+    for stage in trained:
+        _TRAINING[stage.section.kind].run_stage(this_run, stage)
     writer.close()
 
-    # --- evaluation and export of every stage -----------------------------------------------------
+    # --- evaluation and export of every stage, then the curves of test-time scaling ---------------
     evals = {}
-    for stage in stages:
-        load = lambda name=stage.name: restore_params(workdir.checkpoints(name), model.abstract())
+    for stage in trained:
+        load = lambda stage=stage: stage_params(this_run, stage)
         evals[stage.name] = evaluate_once(
-            config, workdir, evaluate, stage.name, load, stage.fit.steps, progress
+            config, workdir, evaluate, stage.name, load, stage.steps, progress
         )
-        export = {"steps": stage.fit.steps, "dtype": config.run.export_dtype}
+        export = {"steps": stage.steps, "dtype": config.run.export_dtype}
         if config.run.export and workdir.marker(f"{stage.name}.export") != export:
             assemble.export(config, model, load(), tokenizer, workdir.path / "hf" / stage.name)
             workdir.mark(f"{stage.name}.export", export)
+    curves = [
+        record
+        for stage in stages
+        if stage.section.kind == "scaling"
+        for record in _scaling_once(this_run, stage)
+    ]
 
     # --- report -----------------------------------------------------------------------------------
-    done = {stage.name: workdir.marker(stage.name) for stage in stages}
-    finish(workdir, done, evals, time.monotonic() - began, progress)
+    done = {stage.name: workdir.marker(stage.name) for stage in trained}
+    finish(workdir, done, evals, time.monotonic() - began, progress, curves)
+
+
+def stage_params(run: Run, stage: Stage) -> Params:
+    """What a trained stage ended with, without a critic's head."""
+    if not isinstance(stage, rl.RLStage):
+        return restore_params(run.workdir.checkpoints(stage.name), run.model.abstract())
+    model = rl.model_of(run, stage)
+    return rl.policy_of(restore_params(run.workdir.checkpoints(stage.name), model.abstract()))
+
+
+def _scaling_once(run: Run, stage: scaling.ScalingStage) -> list[dict]:
+    """The stage's records, from its marker where the same was asked before."""
+    asked = {"section": stage.section.to_dict(), "sets": run.config.eval.sets.to_dict()}
+    marker = run.workdir.marker(stage.name)
+    if marker is None or marker["asked"] != _jsonable(asked):
+        run.progress.say(f"{stage.name}: test-time scaling of {stage.start.text}")
+        key = assemble.stage_key(run.config.seed, stage.name)
+        params = stage.start.load(run.model, run.workdir.checkpoints)
+        records = scaling.run(
+            stage, run.evaluation, evaluation.grade, run.tokenizer, params, key, run.progress
+        )
+        marker = {"asked": _jsonable(asked), "records": records}
+        run.workdir.mark(stage.name, marker)
+    return marker["records"]
 
 
 def prepare_data(config: ConfigDict, workdir: Workdir, progress: Progress) -> None:
@@ -103,7 +146,7 @@ def describe(config: ConfigDict, workdir: Workdir, model: LanguageModel, length:
         architecture=dataclasses.asdict(model.config),
         chat_template=assemble.template_name(config),
         parameters=model.num_params,
-        flops_per_token=flops_per_token(model, length),
+        flops_per_token=fit.flops_per_token(model, length),
         mesh=mesh,
         execution=dataclasses.asdict(model.execution),
     )
@@ -125,8 +168,15 @@ def evaluate_once(config, workdir, evaluate, name, load, steps, progress) -> dic
     return marker["metrics"]
 
 
-def finish(workdir: Workdir, stages: dict, evals: dict, seconds: float, progress: Progress) -> None:
-    write_summary(workdir.path, "done", round(seconds, 1), stages, evals, [])
+def finish(
+    workdir: Workdir,
+    stages: dict,
+    evals: dict,
+    seconds: float,
+    progress: Progress,
+    curves: list[dict] = (),
+) -> None:
+    write_summary(workdir.path, "done", round(seconds, 1), stages, evals, list(curves))
     write_report(workdir.path)
     progress.say(f"done in {seconds:.0f} s: {workdir.path / 'report.html'}")
 
@@ -142,3 +192,8 @@ def _check_order(stages: list[Stage]) -> None:
                 f"{', '.join(sorted(seen)) or 'none'}"
             )
         seen.add(stage.name)
+
+
+def _jsonable(content: dict) -> dict:
+    """As it comes back from a marker: tuples are lists there."""
+    return json.loads(json.dumps(content))

@@ -15,7 +15,6 @@ from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
 from jaxreason.rewards import mix
-from jaxreason.rollout.engine import EngineConfig
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
@@ -36,7 +35,6 @@ class RLStage:
     rewards: dict[str, mix.RewardConfig]
     collect: CollectConfig
     sampling: Sampling
-    engine: EngineConfig
     loop: RLConfig
     algorithm: Algorithm
     optimizer: optim.OptimizerConfig
@@ -100,7 +98,7 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
         )
     return RLStage(
         name, section, prompts, rewards, collect, sampling,
-        EngineConfig(slots=rollout.slots), loop, algorithm, optimizer,
+        loop, algorithm, optimizer,
         checkpoints.parse(section.init["from"]),
     )  # fmt: skip
 
@@ -183,7 +181,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
 
     def params() -> Params | None:
         loaded = stage.start.load(run.model, workdir.checkpoints)
-        return model.with_value_head(loaded) if loaded is not None else None
+        return None if loaded is None else model.with_value_head(loaded)
 
     def reference() -> Params:
         loaded = stage.start.load(run.model, workdir.checkpoints)
@@ -196,7 +194,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
             sampling=stage.sampling,
             prompts=_open_prompts(stage, reward, workdir, say=run.progress.say),
             encode=encode,
-            generate=evaluation.generator(config, run.tokenizer, run.model, stage.engine),
+            generate=evaluation.generator(config, run.tokenizer, model, stage.section.rollout.slots),
             reward=reward,
             solved_by=stage.section.rollout.solved_by,
             key=assemble.stage_key(config.seed, f"{stage.name}.rollout"),
