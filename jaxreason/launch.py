@@ -30,6 +30,7 @@ RECIPES = {  # -> module
     "fit": "pipeline",
     "rl": "pipeline",
     "evaluate": "evaluate",
+    "generate": "generate",
 }
 
 

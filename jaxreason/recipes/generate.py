@@ -1,0 +1,223 @@
+"""Answers of any checkpoint: in a conversation on the terminal, or to all questions of a file."""
+
+import json
+import pathlib
+import string
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxreason.data.sources import JsonlSource
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.recipes import assemble, checkpoints, terminal
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.report.summary import read_lines, write_whole
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout.generate import build_generate
+from jaxreason.text import chat
+from jaxreason.text.tokenizer import Tokenizer
+from jaxreason.train.metrics import Progress
+from jaxreason.types import Completion, Sampling, ThinkingBudget
+
+
+def run(config: ConfigDict, folder: pathlib.Path) -> None:
+    """Writes nothing but `config.output`; `folder`, a run's workdir, stays as it is."""
+    progress = Progress()
+
+    # --- everything that can be wrong is found before anything is expensive -----------------------
+    start = checkpoints.parse(config.init["from"])
+    if start.kind == "run" and start.directory is None:
+        raise ValueError(
+            f"init.from is {start.text!r}; there is no run to take it from: give "
+            "WORKDIR@STAGE[@STEP] or a Hugging Face directory"
+        )
+    shape = assemble.architecture(config, start)
+    sampling = sampling_of(config)
+    fields = template_fields(config.prompt_template)
+    remember = {"true": True, "false": False, "auto": None}.get(config.remember, "unknown")
+    if remember == "unknown":
+        raise ValueError(f"remember is {config.remember!r}; it must be auto, true or false")
+    prompts = read_prompts(config, fields) if config.prompts else None
+
+    # --- the model --------------------------------------------------------------------------------
+    with tempfile.TemporaryDirectory() as scratch:  # where a tokenizer is put together
+        tokenizer = assemble.tokenizer(config, Workdir(pathlib.Path(scratch)), start)
+    model = assemble.language_model(config, shape, tokenizer)
+    speaker = _speaker(config, start, model, tokenizer)
+
+    # --- its answers ------------------------------------------------------------------------------
+    if prompts is not None:
+        made_by = {"from": start.text, "seed": config.seed, "sampling": config.sampling.to_dict()}
+        answer_all(speaker, prompts, sampling, Output(config, made_by), progress)
+        return
+    if fields != ["prompt"]:
+        raise ValueError(
+            f"prompt_template is {config.prompt_template!r}; in a conversation its one field is "
+            "{prompt}"
+        )
+    screen = terminal.Screen(sys.stdout, speaker.template.tags)
+    if screen.is_terminal:
+        screen.say(f"{start.name}: {model.num_params:,} parameters. {terminal.HELP}")
+    if remember is None:
+        remember = speaker.template.name != "plain"  # which is for one question
+    ask = lambda line: config.prompt_template.format(prompt=line)
+    terminal.converse(speaker, sampling, ask, remember, terminal.lines(sys.stdin), screen)
+
+
+def sampling_of(config: ConfigDict) -> Sampling:
+    """`config.sampling`. Raises ValueError naming the key."""
+    fields = config.sampling.to_dict()
+    thinking = ThinkingBudget(**fields.pop("thinking"))
+    limited = thinking.max_tokens is not None or thinking.waits
+    return Sampling(
+        **{**fields, "stop": tuple(fields["stop"]), "stop_ids": tuple(fields["stop_ids"])},
+        thinking=thinking if limited else None,
+    )
+
+
+def _speaker(
+    config: ConfigDict,
+    start: checkpoints.Checkpoint,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+) -> terminal.Speaker:
+    template = assemble.chat_template(config, tokenizer)
+
+    def encode(conversation: terminal.Conversation) -> list[int]:
+        return chat.encode_prompt(tokenizer, template, conversation, config.chat.thinking)
+
+    # One conversation reads best in small pieces; a file of questions fills every slot.
+    engine = EngineConfig(slots=config.rows) if config.prompts else EngineConfig(slots=1, steps=8)
+    generate = build_generate(model, encode, tokenizer.decode, tokenizer.eos_id, engine)
+    params = start.load(model, checkpoints=None)
+    if params is None:
+        params = model.init(assemble.stage_key(config.seed, "init"))
+    return terminal.Speaker(
+        answer=lambda *args, **callbacks: generate(params, *args, **callbacks),
+        template=template,
+        tokenizer=tokenizer,
+        key=assemble.stage_key(config.seed, "generate"),
+    )
+
+
+# ----------------------------------------------------------------------------- questions of a file
+
+
+def template_fields(template: str) -> list[str]:
+    """The fields in the braces of `prompt_template`. Raises ValueError where there are none."""
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError:
+        fields = []
+    if not fields or not all(name.isidentifier() for name in fields):
+        raise ValueError(
+            f"prompt_template is {template!r}; it must be text with a field in braces, as in "
+            "'{prompt}'"
+        )
+    return fields
+
+
+def read_prompts(config: ConfigDict, fields: Sequence[str]) -> list[str]:
+    """The questions of `config.prompts`: records of JSONL, or the lines of any other text file.
+
+    Raises ValueError naming the file, and the line, of what cannot be read.
+    """
+    path = pathlib.Path(config.prompts).expanduser()
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        with tempfile.TemporaryDirectory() as scratch:
+            wanted = dict.fromkeys(fields, "")
+            source = JsonlSource(str(path), fields=wanted, data_dir=scratch, key="prompts")
+            faults = read_lines(pathlib.Path(scratch) / "quarantine.jsonl")
+            records = [source[i] for i in range(len(source))]
+        if faults:
+            first = faults[0]
+            raise ValueError(f"prompts: {first['file']} line {first['line']}: {first['reason']}")
+    elif path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [{"prompt": line} for line in lines if line.strip()]
+        if fields != ["prompt"] or not records:
+            raise ValueError(
+                f"prompts is {config.prompts!r}, a text of {len(records)} questions, a line each: "
+                "their field in prompt_template is {prompt}"
+            )
+    else:
+        raise ValueError(f"prompts is {config.prompts!r}; no such file")
+    return [config.prompt_template.format(**record) for record in records]
+
+
+class Output:
+    """`config.output`: line i answers question i. It grows by `save_every` lines at a time."""
+
+    def __init__(self, config: ConfigDict, made_by: dict[str, Any]):
+        self.path = pathlib.Path(config.output).expanduser()
+        self.every = config.save_every
+        self._made_by = json.loads(json.dumps(made_by))
+        if not config.output or self.path.is_dir():
+            raise ValueError(f"output is {config.output!r}; it must name a file")
+        if self.every < 1:
+            raise ValueError(f"save_every is {self.every}; it must be at least 1")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def resume(self, prompts: Sequence[str]) -> int:
+        """How many questions are answered; what was cut off in the middle is dropped.
+
+        Raises ValueError where the file holds something else than answers to these questions.
+        """
+        lines = read_lines(self.path)
+        for number, (line, prompt) in enumerate(zip(lines, prompts), start=1):
+            if line.get("prompt") != prompt or line.get("made_by") != self._made_by:
+                raise ValueError(
+                    f"output is {str(self.path)!r}, whose line {number} answers another question, "
+                    "or was made with other settings: give another file, or remove it"
+                )
+        done = len(lines) if len(lines) >= len(prompts) else len(lines) // self.every * self.every
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines[:done]))
+        return done
+
+    def append(self, prompt: str, completions: Sequence[dict[str, Any]]) -> None:
+        line = {"prompt": prompt, "completions": completions, "made_by": self._made_by}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def answer_all(
+    speaker: terminal.Speaker,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    output: Output,
+    progress: Progress,
+) -> None:
+    """Answers what `output` does not hold yet; the same command goes on where it stopped."""
+    done = output.resume(prompts)
+    progress.start("generate", len(prompts), done)
+    shown = [done]  # how many answers the last report knew of
+    for begin in range(done, len(prompts), output.every):
+        part = prompts[begin : begin + output.every]
+        part_key = jax.random.fold_in(speaker.key, begin)
+        conversations = [(chat.Message("user", prompt),) for prompt in part]
+
+        def report(finished: int, total: int, tokens: int, begin=begin) -> None:
+            answered = begin + finished // sampling.num_samples
+            if answered - shown[-1] >= max(1, len(prompts) // 50):
+                progress.update(answered, f"{tokens:,} tokens in this part")
+                shown.append(answered)
+
+        found = speaker.answer(conversations, sampling, part_key, on_progress=report)
+        for prompt, completions in zip(part, found, strict=True):
+            output.append(prompt, [_line(speaker, c) for c in completions])
+    progress.stop()
+    progress.say(f"{len(prompts)} questions answered: {output.path}")
+
+
+def _line(speaker: terminal.Speaker, completion: Completion) -> dict[str, Any]:
+    _, answer = chat.split_reasoning(completion.text, speaker.template.tags)
+    return {
+        "text": completion.text,
+        "answer": answer,
+        "num_tokens": completion.num_tokens,
+        "truncated": bool(completion.truncated),
+    }
