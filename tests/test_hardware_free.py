@@ -16,6 +16,7 @@ from jaxreason.parallel.mesh import make_mesh
 from jaxreason.recipes import assemble
 from jaxreason.recipes import fit as fit_recipe
 from jaxreason.recipes.pipeline import stages_of
+from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.train import optim
 from jaxreason.train import state as state_lib
@@ -48,8 +49,9 @@ def the_job_of(config, stage, model, folder, monkeypatch):
     monkeypatch.setattr(fit_recipe, "fit", capture)
     monkeypatch.setattr(fit_recipe.pipeline_lib, "build", lambda *_: None)
     evaluation = types.SimpleNamespace(texts={}, validate=None)
+    run = Run(config, Workdir(folder), None, model, evaluation, None, None)
     with pytest.raises(Captured) as captured:
-        fit_recipe.run_stage(config, stage, model, None, Workdir(folder), None, None, evaluation)
+        fit_recipe.run_stage(run, stage)
     return captured.value.args[0]
 
 

@@ -110,6 +110,24 @@ def bootstrap_interval(values_Q: np.ndarray, seed: int = 0, resamples: int = 100
     return np.percentile(values_Q[indices].mean(axis=1), [2.5, 97.5]).tolist()
 
 
+def paired_gain(before: Sequence[dict], after: Sequence[dict]) -> dict[str, Any]:
+    """How much more is right in `after` than in `before`, samples of the same problems in order.
+
+    The mean over problems of the difference in accuracy over all samples of each, and its 95 %
+    interval by resampling problems: what is hard for both does not widen it.
+
+    Raises:
+      ValueError: the problems differ.
+    """
+    if [sample["prompt"] for sample in before] != [sample["prompt"] for sample in after]:
+        raise ValueError("the two evaluations are of different problems; nothing can be paired")
+    accuracy = lambda samples: np.array(
+        [np.mean([c["correct"] for c in sample["completions"]]) for sample in samples]
+    )
+    gain_Q = accuracy(after) - accuracy(before)
+    return {"mean": float(gain_Q.mean()), "ci": bootstrap_interval(gain_Q)}
+
+
 def _by_group(
     problems: Sequence[Problem], correct_QR: np.ndarray, tokens_QR: np.ndarray, k: int
 ) -> dict[str, dict[str, float]]:

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 
 from jaxreason.checkpoint.store import restore_params
 from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
+from jaxreason.evals import accuracy
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel.mesh import AXES
 from jaxreason.recipes import assemble, evaluation, fit, rl, scaling
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.html import write_report
-from jaxreason.report.summary import write_summary
+from jaxreason.report.summary import read_lines, write_summary
 from jaxreason.train.metrics import MetricsWriter, Progress
 from jaxreason.types import Params
 
@@ -94,6 +95,8 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         if config.run.export and workdir.marker(f"{stage.name}.export") != export:
             assemble.export(config, model, load(), tokenizer, workdir.path / "hf" / stage.name)
             workdir.mark(f"{stage.name}.export", export)
+    for stage in trained:
+        _add_gains(this_run, stage, evals)
     curves = [
         record
         for stage in stages
@@ -112,6 +115,25 @@ def stage_params(run: Run, stage: Stage) -> Params:
         return restore_params(run.workdir.checkpoints(stage.name), run.model.abstract())
     model = rl.model_of(run, stage)
     return rl.policy_of(restore_params(run.workdir.checkpoints(stage.name), model.abstract()))
+
+
+def _add_gains(run: Run, stage: Stage, evals: dict) -> None:
+    """`gain` of every sampled set: over the stage of this run that the parameters came from."""
+    before = stage.start.stage
+    if stage.start.directory is not None or before not in evals:
+        return
+    samples = [line for line in read_lines(run.workdir.samples) if "set" in line]
+    for sampled in run.evaluation.sampled:
+        of = lambda name, set_name=sampled.name: [
+            line for line in samples if (line["stage"], line["set"]) == (name, set_name)
+        ]
+        gain = accuracy.paired_gain(of(before), of(stage.name))
+        evals[stage.name][sampled.name]["gain"] = {"over": before, **gain}
+        low, high = gain["ci"]
+        run.progress.say(
+            f"{stage.name} on {sampled.name}: {gain['mean']:+.3f} over {before} "
+            f"(95 % {low:+.3f} to {high:+.3f})"
+        )
 
 
 def _scaling_once(run: Run, stage: scaling.ScalingStage) -> list[dict]:

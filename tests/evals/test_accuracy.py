@@ -116,3 +116,18 @@ def test_bootstrap_interval_covers_and_repeats():
     assert accuracy.bootstrap_interval(values) == accuracy.bootstrap_interval(values)
     assert accuracy.bootstrap_interval(values) != accuracy.bootstrap_interval(values, seed=1)
     assert accuracy.bootstrap_interval(np.ones(5)) == [1.0, 1.0]
+
+
+def test_paired_gain_is_of_the_same_problems():
+    sample = lambda prompt, *right: {
+        "prompt": prompt,
+        "completions": [{"correct": r} for r in right],
+    }
+    before = [sample("a", True, False), sample("b", False, False), sample("c", True, True)]
+    after = [sample("a", True, True), sample("b", False, True), sample("c", True, True)]
+    gain = accuracy.paired_gain(before, after)
+    assert gain["mean"] == pytest.approx(1 / 3)
+    assert 0 <= gain["ci"][0] <= gain["mean"] <= gain["ci"][1] <= 0.5
+    assert accuracy.paired_gain(after, before)["mean"] == pytest.approx(-1 / 3)
+    with pytest.raises(ValueError, match="different problems"):
+        accuracy.paired_gain(before, after[:2])

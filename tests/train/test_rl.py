@@ -1,0 +1,307 @@
+"""The RL loop: which parameters draw, what is dropped and refilled, resuming bit for bit."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+import rich.console
+from tiny_models import assert_trees_equal, tiny_model
+
+from jaxreason.checkpoint.store import Store
+from jaxreason.data.prompts import PromptConfig, PromptSource, PromptStream
+from jaxreason.objectives.policy import PRESETS
+from jaxreason.report.summary import read_lines, read_metrics
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout.generate import build_generate
+from jaxreason.text.tokenizer import ByteTokenizer
+from jaxreason.train import rl
+from jaxreason.train.collect import CollectConfig, Collector, Interrupted, Rollout
+from jaxreason.train.fit import Terminated
+from jaxreason.train.groups import RowsConfig
+from jaxreason.train.metrics import MetricsWriter, Progress
+from jaxreason.train.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxreason.train.step import make_train_step
+from jaxreason.types import Prompt, Sampling
+
+STEPS, PROMPTS, SAMPLES = 4, 4, 3
+TOKENIZER = ByteTokenizer()
+MODEL = tiny_model(vocab_size=TOKENIZER.vocab_size, num_layers=1)
+OPTIMIZER = make_optimizer(OptimizerConfig(), MODEL.axes)
+ALGORITHM = PRESETS["dapo"]
+TRAIN_STEP = make_train_step(
+    MODEL, ALGORITHM.policy, OPTIMIZER, make_schedule(OptimizerConfig(), STEPS * 2), clip_norm=1.0
+)
+SCORE = rl.make_score(MODEL, ALGORITHM.policy)
+GENERATE = build_generate(
+    MODEL, TOKENIZER.encode, TOKENIZER.decode, TOKENIZER.eos_id, EngineConfig(slots=16, steps=4)
+)
+QUESTIONS = [Prompt(id=f"s/{i}", text=f"{i}+{i}=", answer=str(2 * i), source="s") for i in range(9)]
+
+
+@functools.cache
+def first_params():
+    return jax.jit(MODEL.init)(jax.random.key(0))
+
+
+def even_start(completions, answers):
+    """A reward that random parameters earn half of the time."""
+    values = [float(c.ids[0] % 2 == 0) for c in completions]
+    return values, {"even": values}
+
+
+def stream():
+    source = PromptSource(name="s", path="unread.jsonl", prompt_field="q", answer_field="a")
+    return PromptStream(PromptConfig(sources={"s": source}), {"s": QUESTIONS}, say=print)
+
+
+def collector(reward=even_start, generate=GENERATE, **changes):
+    return Collector(
+        config=CollectConfig(**{**dict(num_prompts=PROMPTS, max_gen_batches=9), **changes}),
+        sampling=Sampling(max_tokens=6, num_samples=SAMPLES),
+        prompts=stream(),
+        encode=TOKENIZER.encode,
+        generate=generate,
+        reward=reward,
+        solved_by="even",
+        key=jax.random.key(7),
+    )
+
+
+def run(workdir, *, collect=None, train_step=TRAIN_STEP, **changes):
+    """rl.train() in this workdir, everything but the compiled parts built anew."""
+    config = rl.RLConfig(
+        **{**dict(steps=STEPS, updates=2, save_every=2, samples_every=1), **changes}
+    )
+    if config.asynchronous:
+        config = dataclasses.replace(config, max_mult_prob_error=2.0)
+    writer = MetricsWriter(workdir)
+    try:
+        with Store(workdir / "checkpoints", keep=10) as store:
+            job = rl.RL(
+                stage="rl", config=config, algorithm=ALGORITHM,
+                rows=RowsConfig(length=16, multiple=4, pad_id=TOKENIZER.pad_id),
+                model=MODEL, optimizer=OPTIMIZER, train_step=train_step, score=SCORE,
+                collector=collect or collector(), store=store, writer=writer,
+                progress=Progress(rich.console.Console(file=io.StringIO())),
+                samples=workdir / "samples.jsonl", seed=0,
+            )  # fmt: skip
+            return rl.train(job, jax.random.key(0), first_params)
+    finally:
+        writer.close()
+
+
+def log(workdir):
+    """All that was logged but the times; no step may come twice."""
+    records = read_metrics(workdir)
+    assert [r["step"] for r in records] == sorted({r["step"] for r in records})
+    timed = lambda name: name == "time" or name.startswith("perf/")
+    return [{k: v for k, v in record.items() if not timed(k)} for record in records]
+
+
+def assert_same_run(got, want):
+    (state, tokens), (want_state, want_tokens) = got[0], want[0]
+    assert_trees_equal(state, want_state)
+    assert tokens == want_tokens
+    assert log(got[1]) == log(want[1])
+    assert read_lines(got[1] / "samples.jsonl") == read_lines(want[1] / "samples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    def once(asynchronous):
+        workdir = tmp_path_factory.mktemp("whole")
+        return run(workdir, asynchronous=asynchronous), workdir
+
+    return {False: once(False), True: once(True)}
+
+
+def test_every_step_learns_and_is_logged(uninterrupted):
+    (state, tokens), workdir = uninterrupted[False]
+    records = log(workdir)
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert state.step == STEPS * 2  # two updates a step
+    assert tokens == sum(r["num_tokens"] for r in records)
+    for record in records:
+        assert record["frac_reward_zero_std"] == 0 and 0 < record["reward"] < 1
+        # One graph samples and trains: float32 rounding is all that differs.
+        assert record["rollout/token_mult_prob_error"] == pytest.approx(1.0, abs=1e-5)
+        assert 0 <= record["rollout/mismatch_kl"] < 1e-9
+    moved = optax.tree.norm(jax.tree.map(np.subtract, state.params, first_params()))
+    assert moved > 0
+    for sample in read_lines(workdir / "samples.jsonl"):
+        rewards = [c["reward"] for c in sample["completions"]]
+        assert rewards == [c["rewards"]["even"] for c in sample["completions"]]
+        assert len(rewards) == SAMPLES and len(set(rewards)) == 2
+
+
+def test_no_two_steps_draw_the_same_samples(uninterrupted):
+    """Fault 4: one key for every rollout."""
+    lines = read_lines(uninterrupted[False][1] / "samples.jsonl")
+    texts = [tuple(c["text"] for c in line["completions"]) for line in lines]
+    assert len(set(texts)) == len(texts)
+    assert all(len(set(row)) > 1 for row in texts)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_staleness_is_the_schedules(tmp_path, asynchronous):
+    """The parameters that draw step n: those before it, or when asynchronous those before n - 1."""
+    seen, params = [], {}
+
+    def generate(weights, *args, **kwargs):
+        seen.append(np.asarray(weights["final_norm"]))
+        return GENERATE(weights, *args, **kwargs)
+
+    def train_step(state, batch, frozen):
+        step = int(state.step)
+        params.setdefault(step, np.asarray(state.params["final_norm"]))
+        return TRAIN_STEP(state, batch, frozen)
+
+    collect = collector(generate=generate, filter_zero_std=False)
+    run(tmp_path, collect=collect, train_step=train_step, asynchronous=asynchronous)
+    before = [params[2 * n] for n in range(STEPS)]  # of step n + 1
+    expected = [before[0], *before[:-1]] if asynchronous else before
+    for got, want in zip(seen, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert not np.array_equal(before[0], before[1])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("where", ["rollout", "update"])
+def test_a_crash_takes_the_lost_steps_again(tmp_path, uninterrupted, where, asynchronous):
+    """It dies in step 4, or in the rollout for it; the newest checkpoint is step 2."""
+    updates, draws = [], []
+
+    def dying_step(*args):
+        updates.append(None)
+        if where == "update" and len(updates) == 8:
+            raise KeyboardInterrupt
+        return TRAIN_STEP(*args)
+
+    def dying_reward(completions, answers):
+        draws.append(len(completions))
+        if where == "rollout" and len(draws) == len(log_draws):
+            raise KeyboardInterrupt
+        return even_start(completions, answers)
+
+    whole = uninterrupted[asynchronous]
+    log_draws = range(int(sum(r["rollout/gen_batches"] for r in log(whole[1]))))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, collect=collector(dying_reward), train_step=dying_step,
+            asynchronous=asynchronous)  # fmt: skip
+    with Store(tmp_path / "checkpoints", keep=10) as store:
+        assert store.latest() == 2
+    assert_same_run((run(tmp_path, asynchronous=asynchronous), tmp_path), whole)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_sigterm_in_a_rollout_saves_and_exits_143(tmp_path, uninterrupted, asynchronous):
+    """At the last draw of step 3; what that step had drawn before it is kept."""
+    whole = uninterrupted[asynchronous]
+    draws = [int(r["rollout/gen_batches"]) for r in log(whole[1])]
+    calls = []
+
+    def generate(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == sum(draws[:3]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return GENERATE(*args, **kwargs)
+
+    with pytest.raises(Terminated) as stopped:
+        run(tmp_path, collect=collector(generate=generate), asynchronous=asynchronous, save_every=9)
+    assert stopped.value.code == 143
+    assert_same_run((run(tmp_path, asynchronous=asynchronous), tmp_path), whole)
+
+
+def test_an_interrupted_rollout_keeps_its_complete_draws():
+    """Build 6: the groups, the prompt stream and the counters go on where the last draw ended."""
+    config = dict(num_prompts=8)
+    whole = collector(**config).collect(Rollout(1), first_params())
+    assert whole.gen_batches > 1
+    stopped, calls = collector(**config), []
+
+    def stop():
+        calls.append(None)
+        return False
+
+    stopped.collect(Rollout(1), first_params(), stop)
+    total = len(calls)
+    again, calls = collector(**config), []
+    part = Rollout(1)
+    with pytest.raises(Interrupted):
+        again.collect(part, first_params(), lambda: calls.append(None) or len(calls) == total)
+    assert 0 < part.gen_batches < whole.gen_batches
+    content = json.loads(json.dumps([part.to_json(), again.prompts.get_state()]))
+    resumed = collector(**config)
+    resumed.prompts.set_state(content[1])
+    finished = resumed.collect(Rollout.from_json(content[0]), first_params())
+    assert finished.to_json() == whole.to_json()
+
+
+# --- dynamic sampling -----------------------------------------------------------------------------
+
+
+def test_groups_that_agree_are_dropped_and_refilled():
+    """Fault 7: the flag is read. Prompts of an odd number never vary; only the others are kept."""
+
+    def reward(completions, answers):
+        values = [
+            float(i % 2 and int(answer) % 4 == 0)
+            for i, (_, answer) in enumerate(zip(completions, answers, strict=True))
+        ]
+        return values, {"even": values}
+
+    kept = collector(reward).collect(Rollout(1), first_params())
+    assert len(kept.groups) == PROMPTS and all(group.varied for group in kept.groups)
+    assert kept.gen_batches > 1 and kept.generated > PROMPTS
+    plain = collector(reward, filter_zero_std=False).collect(Rollout(1), first_params())
+    assert plain.gen_batches == 1 and not all(group.varied for group in plain.groups)
+
+
+def test_a_step_without_enough_groups_is_skipped_counted_and_logged(tmp_path):
+    def nothing(completions, answers):
+        return [0.0] * len(completions), {"even": [0.0] * len(completions)}
+
+    collect = collector(nothing, max_gen_batches=2)
+    state, tokens = run(tmp_path, collect=collect, steps=2)
+    assert state.step == 0 and tokens == 0
+    assert_trees_equal(state.params, first_params())
+    records = log(tmp_path)
+    assert [r["rollout/skipped"] for r in records] == [1, 2]
+    assert [r["rollout/gen_batches"] for r in records] == [2, 2]
+    assert collect.prompts.solve_rate(QUESTIONS[0].id) == 0.0
+
+
+def test_the_difficulty_of_a_prompt_is_what_was_solved_of_it():
+    collect = collector(filter_zero_std=False)
+    rollout = collect.collect(Rollout(1), first_params())
+    for group in rollout.groups:
+        assert collect.prompts.solve_rate(group.prompt.id) == pytest.approx(np.mean(group.rewards))
+
+
+# --- what stops a run -----------------------------------------------------------------------------
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path):
+    def generate(*args, **kwargs):
+        shift = lambda c: dataclasses.replace(c, logprobs=tuple(x - 0.1 for x in c.logprobs))
+        return [[shift(c) for c in row] for row in GENERATE(*args, **kwargs)]
+
+    with pytest.raises(rl.Mismatch, match=r"token_mult_prob_error is 1\.105"):
+        run(tmp_path, collect=collector(generate=generate))
+
+
+@pytest.mark.parametrize("fields, said", [
+    (dict(steps=0), "steps is 0"),
+    (dict(updates=0), "updates is 0"),
+    (dict(max_mult_prob_error=1.0), "max_mult_prob_error is 1.0; it must be above 1"),
+])  # fmt: skip
+def test_impossible_numbers_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        rl.RLConfig(**{**dict(steps=1), **fields})
