@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxreason.data import countdown
 from jaxreason.data import sources as sources_lib
 from jaxreason.data.sources import Source, SourceConfig
 from jaxreason.types import Prompt
@@ -36,6 +37,7 @@ class PromptSource:
     kind "jsonl": the prompt is `prompt_field` or `prompt_template`; the answer is `answer_field`,
     all of it (answer_kind "text") or what follows its last `####` ("hashes", as in GSM8K).
     kind "arithmetic": a prepared benchmark; the answer is the expression's value.
+    kind "countdown": generated or from files; the answer is JSON with `target` and `numbers`.
 
     Raises:
       ValueError: a field is missing, unknown or of no use to the kind.
@@ -48,7 +50,8 @@ class PromptSource:
     prompt_template: str = ""
     answer_field: str = ""  # jsonl only
     answer_kind: str = "text"  # jsonl only: text or hashes
-    split: str = ""  # of arithmetic: train or test
+    split: str = ""  # arithmetic and countdown: train or test
+    countdown: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as in SourceConfig
 
     def __post_init__(self):
         key = f"data.sources.{self.name}"
@@ -61,7 +64,7 @@ class PromptSource:
                 f"{key}.answer_field is {self.answer_field!r} and {key}.kind {self.kind!r}; it is "
                 "set for jsonl and for nothing else"
             )
-        self.to_source()
+        object.__setattr__(self, "countdown", self.to_source().countdown)
 
     def to_source(self) -> SourceConfig:
         """The same records as examples: how they are opened, and how their prompts are written."""
@@ -72,6 +75,7 @@ class PromptSource:
             "prompt_field": self.prompt_field,
             "prompt_template": self.prompt_template,
             "split": self.split,
+            "countdown": self.countdown,
         }
         if self.kind == "jsonl":
             hashes = "split_hashes" if self.answer_kind == "hashes" else ""
@@ -82,6 +86,8 @@ class PromptSource:
         """The gold answer of a record, as the source's reward reads it."""
         if self.kind == "arithmetic":
             return record["answer"]
+        if self.kind == "countdown":
+            return countdown.gold(record)
         text = str(record[self.answer_field])
         return text.rpartition("####")[2].strip() if self.answer_kind == "hashes" else text
 
@@ -169,7 +175,8 @@ class Prompts(Sequence[Prompt]):
         Raises:
           ValueError: that of `check`, with the source's key in front.
         """
-        num = len(self) if self.config.kind == "jsonl" else min(len(self), NUM_CHECKED)
+        from_files = self.config.kind != "arithmetic" and self.config.path
+        num = len(self) if from_files else min(len(self), NUM_CHECKED)
         for begin in range(0, num, _CHECK_CHUNK):
             try:
                 check([self[i] for i in range(begin, min(begin + _CHECK_CHUNK, num))])

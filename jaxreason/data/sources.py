@@ -22,13 +22,15 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxreason.data import arithmetic
+from jaxreason.data import arithmetic, countdown
+from jaxreason.data.countdown import CountdownConfig
 from jaxreason.text.chat import Message
 
 _JSONL_ONLY = (
     "text_field", "prompt_field", "response_field", "reasoning_field", "reasoning",
     "strip_calculator",
 )  # fmt: skip
+_PROMPTS = {"arithmetic": "{expression}", "countdown": countdown.PROMPT}  # by default
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HASHES = "####"
 
@@ -71,24 +73,36 @@ class SourceConfig:
 
     name: str
     kind: str = "jsonl"
-    path: str | Sequence[str] = ""  # files or patterns; for arithmetic a folder in the data folder
+    path: str | Sequence[str] = ""  # files or patterns; arithmetic: a folder in the data folder
     text_field: str = ""
     prompt_field: str = ""
-    prompt_template: str = ""  # e.g. "{question}"; of kind arithmetic "{expression}" when empty
+    prompt_template: str = ""  # e.g. "{question}"; the kind's own when empty
     response_field: str = ""
     reasoning_field: str = ""
     reasoning: str = ""  # "" or "split_hashes"
     strip_calculator: bool = False  # drop GSM8K's <<48/2=24>> spans
-    rendering: str = ""  # arithmetic only: text, answer, short_cot or long_cot
-    split: str = ""  # arithmetic only: train or test
+    rendering: str = ""  # arithmetic: text, answer, short_cot, long_cot; countdown: see above
+    split: str = ""  # arithmetic and countdown: train or test
+    countdown: Mapping[str, Any] | CountdownConfig = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.kind == "jsonl":
             self._check_jsonl()
         elif self.kind == "arithmetic":
-            self._check_arithmetic()
+            self._check_made(("countdown", *_JSONL_ONLY), arithmetic.RENDERINGS)
+            if self.rendering == "text" and self.prompt_template:
+                raise ValueError(f"{self.key}.prompt_template is set, and a text has no prompt")
+            if not isinstance(self.path, str):
+                raise ValueError(f"{self.key}.path is {self.path!r}; it must be one folder")
+        elif self.kind == "countdown":
+            self._check_made(_JSONL_ONLY, countdown.RENDERINGS)
+            if not isinstance(self.countdown, CountdownConfig):
+                fields = countdown.parse_config(self.countdown, f"{self.key}.countdown")
+                object.__setattr__(self, "countdown", fields)
         else:
-            raise ValueError(f"{self.key}.kind is {self.kind!r}; known kinds: jsonl, arithmetic")
+            raise ValueError(
+                f"{self.key}.kind is {self.kind!r}; known kinds: jsonl, arithmetic, countdown"
+            )
         self.prompt_names()
 
     @property
@@ -119,7 +133,7 @@ class SourceConfig:
         return names
 
     def _check_jsonl(self) -> None:
-        self._check_unused("jsonl", ("rendering", "split"))
+        self._check_unused(("rendering", "split", "countdown"))
         if not self.path:
             raise ValueError(f"{self.key}.path is empty; it must name .jsonl or .jsonl.gz files")
         if self.prompt_field and self.prompt_template:
@@ -143,25 +157,22 @@ class SourceConfig:
                 f"{self.reasoning_field!r}; set one of them"
             )
 
-    def _check_arithmetic(self) -> None:
-        self._check_unused("arithmetic", _JSONL_ONLY)
-        if self.rendering not in arithmetic.RENDERINGS:
-            known = ", ".join(arithmetic.RENDERINGS)
+    def _check_made(self, unused: Sequence[str], renderings: Sequence[str]) -> None:
+        self._check_unused(unused)
+        if self.rendering not in renderings:
             raise ValueError(
-                f"{self.key}.rendering is {self.rendering!r}; it must be one of {known}"
+                f"{self.key}.rendering is {self.rendering!r}; it must be one of "
+                f"{', '.join(renderings)}"
             )
         if self.split not in ("train", "test"):
             raise ValueError(f"{self.key}.split is {self.split!r}; it must be train or test")
-        if not isinstance(self.path, str):
-            raise ValueError(f"{self.key}.path is {self.path!r}; it must be one folder")
-        if self.rendering == "text" and self.prompt_template:
-            raise ValueError(f"{self.key}.prompt_template is set, and a text has no prompt")
 
-    def _check_unused(self, kind: str, names: Sequence[str]) -> None:
+    def _check_unused(self, names: Sequence[str]) -> None:
         for name in names:
             if getattr(self, name):
                 raise ValueError(
-                    f"{self.key}.{name} is {getattr(self, name)!r}; kind {kind!r} has no use for it"
+                    f"{self.key}.{name} is {getattr(self, name)!r}; kind {self.kind!r} has no use "
+                    "for it"
                 )
 
 
@@ -174,16 +185,17 @@ def open_source(config: SourceConfig, data_dir: str | os.PathLike) -> Source:
     Raises:
       ValueError: files are missing, are not what they should be, or hold no valid record.
     """
-    data_dir = pathlib.Path(data_dir)
+    data_dir, key = pathlib.Path(data_dir), f"{config.key}.path"
     if config.kind == "jsonl":
-        return JsonlSource(
-            config.path, fields=_needed(config), data_dir=data_dir, key=f"{config.key}.path"
-        )
+        return JsonlSource(config.path, fields=_needed(config), data_dir=data_dir, key=key)
+    if config.kind == "countdown":
+        if not config.path:
+            return countdown.generated(config.countdown, config.split)
+        records = JsonlSource(config.path, fields={"target": ""}, data_dir=data_dir, key=key)
+        return countdown.from_records(records, config.countdown, config.split, records.line)
     directory = data_dir / (config.path or "arithmetic")
     if not directory.is_dir():
-        raise ValueError(
-            f"{config.key}.path: no folder {directory}; it must be one made by prepare_arithmetic"
-        )
+        raise ValueError(f"{key}: no folder {directory}; it must be one made by prepare_arithmetic")
     return arithmetic.open_arithmetic(directory, config.split)
 
 
@@ -202,13 +214,16 @@ def to_prompt(config: SourceConfig, record: Mapping[str, Any]) -> str:
     """The user's turn of a record. Numbers among its fields are written out."""
     if config.prompt_field:
         return str(record[config.prompt_field])
-    return (config.prompt_template or "{expression}").format_map(record)
+    return (config.prompt_template or _PROMPTS[config.kind]).format_map(record)
 
 
 def to_example(config: SourceConfig, record: Mapping[str, Any]) -> TextExample | ChatExample:
     """A record as what it trains. Numbers among its fields are written out."""
     if config.kind == "arithmetic":
         return _arithmetic_example(config, record)
+    if config.kind == "countdown":
+        pair = countdown.completion(record, config.rendering, config.countdown)
+        return _question(to_prompt(config, record), *pair)
     clean: Callable[[Any], str] = _strip_calculator if config.strip_calculator else str
     if config.text_field:
         return TextExample(clean(record[config.text_field]))
