@@ -4,10 +4,11 @@ Run as `python -m jaxreason.rewards.latex_worker SECONDS`: a line of JSON in, a 
 Nothing here may import jax: a second process must not take the accelerator.
 
 Only math-verify's LaTeX extraction is used; its expression extraction gives text to sympy's
-parse_expr, which evaluates it. Sympy itself makes numbers that way, out of what its grammar calls
-a number, so in this process parse_expr takes numerals and refuses all else.
+parse_expr, which evaluates it. Sympy also makes numbers that way, of what the LaTeX grammar calls
+a number, so in this process parse_expr takes only a numeral or a name: neither runs anything.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import signal
 import sys
 
 _MAX_MEMORY = 2 << 30  # bytes: 10^10^10 in full would take 4 GB
-_NUMERAL = re.compile(r"[+-]?[0-9.]+(?:[eE][+-]?[0-9]{1,4})?")
+_HARMLESS = re.compile(r"[+-]?[0-9.]+(?:[eE][+-]?[0-9]{1,4})?|[A-Za-z][A-Za-z0-9_]*")
 
 
 class OutOfTime(BaseException):
@@ -25,18 +26,18 @@ class OutOfTime(BaseException):
 
 
 def guard_sympy() -> None:
-    """Lets numerals alone through to sympy's evaluation of text, before math-verify binds it."""
+    """Keeps all but numerals and names from sympy's evaluation; before math_verify is imported."""
     import sympy.parsing
     from sympy.parsing import sympy_parser
 
     parse = sympy_parser.parse_expr
 
-    def parse_numeral(text, *args, **kwargs):
-        if not _NUMERAL.fullmatch(text):
-            raise ValueError(f"{text[:50]!r} is no numeral: it will not be evaluated")
+    def parse_harmless(text, *args, **kwargs):
+        if not _HARMLESS.fullmatch(text):
+            raise ValueError(f"{text[:50]!r} is no numeral and no name: it will not be evaluated")
         return parse(text, *args, **kwargs)
 
-    sympy_parser.parse_expr = sympy.parsing.parse_expr = parse_numeral
+    sympy_parser.parse_expr = sympy.parsing.parse_expr = parse_harmless
 
 
 def parse(latex: str) -> list:
@@ -58,14 +59,25 @@ def compare(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     golds = parse(gold)
-    return bool(golds) and verify(golds, parse(answer), timeout_seconds=None)
+    answers = parse(answer)
+    return bool(golds) and verify(
+        golds, answers, allow_set_relation_comp=True, timeout_seconds=None
+    )
 
 
-def respond(request: dict[str, str]) -> dict[str, bool]:
+def respond(request: dict[str, str], seconds: float) -> dict[str, bool]:
     """{"gold"} -> whether it can be read; {"gold", "answer"} -> whether they are equivalent."""
-    if "answer" in request:
-        return {"value": compare(request["gold"], request["answer"])}
-    return {"value": bool(parse(request["gold"]))}
+    try:
+        # CPU seconds, so that a reward does not depend on how busy the machine is.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        value = compare(**request) if "answer" in request else bool(parse(request["gold"]))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    except OutOfTime:
+        return {"value": False, "timeout": True}
+    except Exception:  # whatever sympy raises on a formula: it is not equivalent
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return {"value": False}
+    return {"value": value}
 
 
 def main() -> None:
@@ -75,25 +87,14 @@ def main() -> None:
     os.dup2(2, 1)  # whatever prints does not end up between the replies
     logging.disable()
     guard_sympy()
-    compare("x", "2 x / 2")  # all that is imported and built at first use
+    compare("(x + 1)^2", "x^2 + 2x + 1")  # all that is imported and built at first use
 
     def out_of_time(signum, frame):
         raise OutOfTime
 
     signal.signal(signal.SIGPROF, out_of_time)
-    print(json.dumps({"ready": True}), file=replies)
-    for line in sys.stdin:
-        try:
-            # CPU seconds, so that a reward does not depend on how busy the machine is.
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            reply = respond(json.loads(line))
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        except OutOfTime:
-            reply = {"timeout": True}
-        except Exception as error:  # whatever sympy raises on a formula: it is not equivalent
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            reply = {"value": False, "error": type(error).__name__}
-        print(json.dumps(reply), file=replies)
+    for line in itertools.chain(['{"gold": "ready"}'], sys.stdin):
+        print(json.dumps(respond(json.loads(line), seconds)), file=replies)
 
 
 if __name__ == "__main__":

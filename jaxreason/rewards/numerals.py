@@ -23,7 +23,9 @@ _MAGNITUDE = (
     rf"|(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:{_TEN}| ?/ ?{_DIGITS})?)"
 )
 # A minus right after an operand or a closing bracket is a subtraction: "84-7" ends in 7.
-_IN_TEXT = re.compile(rf"(?:(?<![\w)\].}}])[-−])?\$?{_MAGNITUDE}")
+_IN_TEXT = re.compile(
+    rf"(?:(?<![\w)\].}}])[-−])?\$?{_MAGNITUDE}(?: (?:thousand|[mbt]r?illion)\b| ?\\?%)?"
+)
 _NUMERAL = re.compile(rf"([+-]?) *[$€£]?({_MAGNITUDE})")
 _FRACTION_PARTS = re.compile(rf"([0-9]*) *\\[dtc]?frac({_ARGUMENT})({_ARGUMENT})")
 _MIXED_PARTS = re.compile(r"([0-9]+) +([0-9]+)/(.+)")
@@ -35,16 +37,17 @@ _WRAPPED = re.compile(r"\*\*(.*)\*\*|\\\((.*)\\\)|\\(?:text|mathrm|mathbf|textbf
 _ASSIGNED = re.compile(r"(?:[A-Za-z]|\\?[A-Za-z]{2,}(?: [A-Za-z]+)*)(?:_\w|_\{\w+\})? *= *")
 
 _UNIT = re.compile(
-    r" *(?:\\(?:text|textrm|textbf|mathrm|mbox|rm) *\{([^{}]*)\}|((?<= )[A-Za-z][A-Za-z .'/-]*)"
+    r" *(?:((?<= )[A-Za-z][A-Za-z .'/-]*)"
     r"|(cm|mm|km|kg|mg|ml|mL|ft|in|lb|lbs|oz|mph|km/h|hrs?|min|sec|cents?|€|£|¢)"
     r"|(?:\^ *(?:\\circ|\{ *\\circ *\})|\\degree|°)[CF]?)(?:\^\{?[23]\}?|[²³])?"
 )
+_TEXT = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox) *\{([^{}]*)\}")
 _LETTER_UNITS = frozenset("mgshlLa")  # a day; any other single letter is a variable
 _NO_UNITS = frozenset(
     "pi sqrt sin cos tan log ln exp infinity inf factorial squared cubed and or to plus minus over "
     "choose mod divided multiplied half third quarter dozen hundred".split()
 )
-_WORDS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
 class Number(NamedTuple):
@@ -114,22 +117,20 @@ def _powers_of_ten(magnitude: str) -> tuple[str, str]:
 
 def _scale(rest: str) -> tuple[int, bool] | None:
     """What follows a number: (factor, percent), None where it is no unit and so changes it."""
-    rest, factor = rest.rstrip(), 1
-    for word, value in _WORDS.items():
+    rest, num_wrapped = _TEXT.subn(r" \1", rest)
+    rest, factor = re.sub(" +", " ", rest).rstrip(), 1
+    for word, value in _SCALES.items():
         if re.match(rf" {word}\b", rest):
             rest, factor = rest[len(word) + 1 :], value
-    if re.fullmatch(r" *(?:\\?%|percent|(?:\\text\{ *)?percent *\}?)", rest):
+    if re.fullmatch(r" ?(?:\\?%|percent)", rest):
         return factor, True
     if not rest:
         return factor, False
     unit = _UNIT.fullmatch(rest)
-    words = list(_words(unit)) if unit else []
-    if unit is None or any(word.lower() in _NO_UNITS for word in words):
+    if unit is None:
         return None
-    if any(len(word) == 1 and word not in _LETTER_UNITS for word in words):
+    words = re.findall("[A-Za-z]+", unit[1] or "")
+    variables = [word for word in words if len(word) == 1 and word not in _LETTER_UNITS]
+    if any(word.lower() in _NO_UNITS for word in words) or (variables and not num_wrapped):
         return None
     return factor, False
-
-
-def _words(unit: re.Match) -> Iterator[str]:
-    return (word for text in unit.groups() if text for word in re.findall(r"[^\W\d_]+", text))
