@@ -37,6 +37,8 @@ setup(
         "tokenizers",
         "safetensors",
         "jinja2",
+        # rewards: pure Python (sympy, antlr4), 7 MB
+        "math-verify>=0.9",
         # what a run shows
         "rich",
         "tensorboardX",

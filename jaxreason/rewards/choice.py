@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from jaxreason import types
-from jaxreason.rewards.format import ANSWER_TAGS
+from jaxreason.rewards.format import last_tagged
 from jaxreason.rewards.math import Split, last_boxed
 
 
@@ -44,16 +44,20 @@ class Choice:
     def extract(self, text: str) -> str | None:
         """The letter that a text chooses, None where it chooses none."""
         _, hashes, line = text.rpartition("#### ")
-        tagged = ANSWER_TAGS.findall(text)
-        for place in (last_boxed(text), *tagged[-1:], line.split("\n", 1)[0] if hashes else None):
+        hashed = line.split("\n", 1)[0] if hashes else None
+        for place in (last_boxed(text), last_tagged(text), hashed):
             if place is not None:
                 return self._letter(place)
-        one = rf"\**\(?([{self.letters}])(?![\w'])\)?(?!\W*(?:or|and)\W+\(?[{self.letters}]\b)"
-        stated = re.findall(rf"(?i:answer)(?:\W+(?i:is|option|choice))*\W*\s{one}", text)
-        bracketed = re.findall(rf"\(([{self.letters}])\)", text)
-        return (
-            next(iter(stated[-1:]), None) or self._letter(text) or next(iter(bracketed[-1:]), None)
+        letter = rf"\**\(?([{self.letters}])(?![\w'])\)?"
+        stated = re.findall(
+            rf"(?i:answer)(?:\W+(?i:is|option|choice))*\W*\s{letter}(\W+(?:or|and)\W+{letter})?",
+            text,
         )
+        if stated:
+            first, second, _ = stated[-1]
+            return None if second else first
+        bracketed = re.findall(rf"\(([{self.letters}])\)", text)
+        return self._letter(text) or (bracketed[-1] if bracketed else None)
 
     def _letter(self, text: str) -> str | None:
         """The letter of `B`, `(B)`, `b.`, `\\text{B}`, `**B**`, `B) because`; None of all else."""

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from jaxreason import types
-from jaxreason.rewards.format import ANSWER_TAGS
+from jaxreason.rewards.format import last_tagged
 from jaxreason.rewards.math import Split, last_boxed
 
 _MAX_TOKENS = 100  # of an expression; keeps brackets far from Python's recursion limit
@@ -86,8 +86,8 @@ def _complaint(answer: str) -> str | None:
 
 def expression_text(text: str) -> str:
     """The part of an answer that is the expression; see Countdown."""
-    tagged = ANSWER_TAGS.findall(text)
-    place = tagged[-1] if tagged else last_boxed(text)
+    place = last_tagged(text)
+    place = last_boxed(text) if place is None else place
     if place is None:
         place = text.strip().rpartition("\n")[2]
     for spelling, plain in _SPELLINGS:

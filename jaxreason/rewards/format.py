@@ -8,12 +8,24 @@ from jaxreason import types
 from jaxreason.rewards.math import Split, last_boxed
 from jaxreason.text import chat
 
-ANSWER_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPEN, _CLOSE = "<answer>", "</answer>"
+
+
+def last_tagged(text: str) -> str | None:
+    """What the last <answer></answer> holds, None where there is none."""
+    before, close, _ = text.rpartition(_CLOSE)
+    _, opened, inside = before.rpartition(_OPEN)
+    return inside if close and opened else None
+
+
+def _tagged_once(text: str) -> bool:
+    return text.count(_OPEN) == text.count(_CLOSE) == 1 and bool((last_tagged(text) or "").strip())
+
 
 _PRESENT: dict[str, Callable[[str], bool]] = {
     "any": lambda text: bool(text.strip()),
     "boxed": lambda text: bool((last_boxed(text) or "").strip()),
-    "tags": lambda text: len(found := ANSWER_TAGS.findall(text)) == 1 and bool(found[0].strip()),
+    "tags": _tagged_once,
     "hashes": lambda text: re.search(r"^#### *\S", text, re.MULTILINE) is not None,
 }
 

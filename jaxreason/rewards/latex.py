@@ -24,7 +24,7 @@ _MAX_CHARACTERS = 1_000  # of a formula; a longer one is no answer
 _PATIENCE = 3.0  # wall seconds per CPU second: code in C does not see the worker's own limit
 _START_SECONDS = 120.0  # to import sympy, on a busy machine
 _FORMULA = re.compile(
-    r"\$\$([^$]+)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)"
+    r"\$\$([^$]+)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
     r"|(?<![\\$])\$(?![\s$])([^$\n]*)(?<![\s\\])\$(?![0-9$])",
     re.DOTALL,
 )
