@@ -14,6 +14,9 @@ from jaxreason.data import countdown, prompts, sources
 from jaxreason.data.countdown import CountdownConfig, search_trace, solve
 from jaxreason.data.prompts import PromptConfig, PromptSource
 from jaxreason.data.sources import SourceConfig
+from jaxreason.rewards.countdown import Countdown
+from jaxreason.text.chat import split_reasoning
+from jaxreason.types import Completion
 
 FILE = "countdown/train.jsonl.gz"
 OPERATORS = {
@@ -211,6 +214,25 @@ def test_examples_for_fine_tuning():
     user, bare = sources.to_example(plain, source[2]).messages
     assert (bare.content, bare.reasoning) == (assistant.content, None)
     assert user.content == countdown.PROMPT.format(**source[2])
+
+
+def test_what_a_trace_answers_earns_the_reward(tmp_path):
+    fields = {"kind": "countdown", "split": "train", "countdown": {"num_numbers": 4}}
+    stream = prompts.build(PromptConfig(sources={"c": fields}), tmp_path, say=print)
+    train = SourceConfig(name="c", rendering="search_cot", **fields)
+    source = sources.open_source(train, tmp_path)
+    found = stream.next(40)
+    texts = []
+    for prompt in found:
+        example = sources.to_example(train, source[int(prompt.id.removeprefix("c/"))])
+        assert prompt.text == example.messages[0].content
+        texts.append(f"<think>{example.messages[1].reasoning}</think>{example.messages[1].content}")
+    completions = [Completion(text=t, ids=(1,), logprobs=(0.0,), truncated=False) for t in texts]
+    reward = Countdown(split_reasoning)
+    answers = [prompt.answer for prompt in found]
+    assert reward.complaints(answers) == [None] * 40
+    assert reward(completions, answers)[0] == [1.0] * 40
+    assert sum(reward(completions, answers[1:] + answers[:1])[0]) == 0  # of another problem
 
 
 @pytest.mark.parametrize(
