@@ -21,7 +21,7 @@ from jaxreason.rewards import math as numbers
 from jaxreason.rewards import numerals
 
 _MAX_CHARACTERS = 1_000  # of a formula; a longer one is no answer
-_PATIENCE = 3.0  # wall seconds per CPU second: code in C does not see the worker's own limit
+_PATIENCE = 5.0  # wall seconds per CPU second: code in C does not see the worker's own limit
 _START_SECONDS = 120.0  # to import sympy, on a busy machine
 _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
@@ -43,7 +43,7 @@ class Pool:
 
     A context manager. Workers start with the first requests and are new interpreters, not forks
     (JAX's threads do not survive a fork). The limit is `timeout_seconds` of CPU time, seen by the
-    worker itself, and three times as many wall seconds, after which it is killed and replaced.
+    worker itself, and five times as many wall seconds, after which it is killed and replaced.
     """
 
     def __init__(self, workers: int, timeout_seconds: float):
@@ -130,13 +130,13 @@ class MathVerify:
     """1 for an equivalent answer and 0 otherwise: numbers exactly, formulas by math-verify.
 
     The answer is the last \\boxed{}, else the last `#### ` line, else the last formula between
-    dollars or \\(..\\), else the last number. A formula that takes more than `timeout_seconds` of
-    CPU time is wrong.
+    dollars or \\(..\\) or the last number, whichever is later. A formula that takes more than
+    `timeout_seconds` of CPU time is wrong.
     """
 
     split: numbers.Split
     workers: int = 2
-    timeout_seconds: float = 3.0
+    timeout_seconds: float = 2.0
 
     def __post_init__(self):
         if self.workers < 1:
@@ -157,11 +157,11 @@ class MathVerify:
         """The breakdown has `answered` and `timeouts`, 0 or 1 each."""
         written = [written_formula(self.split(c.text)[1]) for c in completions]
         pairs = list(zip(written, answers, strict=True))
-        asked = {pair for pair in pairs if _needs_worker(*pair)}  # a group often agrees: ask once
-        requests = [{"gold": gold, "answer": answer} for answer, gold in asked]
-        verdicts = dict(zip(asked, self.pool.run(requests), strict=True))
-        for answer, gold in set(pairs) - asked:
-            verdicts[answer, gold] = Verdict(bool(answer) and numbers.answers_equal(answer, gold))
+        distinct = list(dict.fromkeys(pairs))  # a group often agrees: ask once
+        asked = [pair for pair in distinct if _needs_worker(*pair)]
+        requests = [{"gold": _formula(gold), "answer": answer} for answer, gold in asked]
+        verdicts = {pair: Verdict(_plainly_equal(*pair)) for pair in distinct}
+        verdicts |= zip(asked, self.pool.run(requests), strict=True)
         return [float(verdicts[pair].value) for pair in pairs], {
             "answered": [float(answer is not None) for answer in written],
             "timeouts": [float(verdicts[pair].timeout) for pair in pairs],
@@ -198,6 +198,10 @@ def _needs_worker(answer: str | None, gold: str) -> bool:
     if numerals.read(answer) and numerals.read(gold):
         return False
     return not numbers.answers_equal(answer, gold)
+
+
+def _plainly_equal(answer: str | None, gold: str) -> bool:
+    return answer is not None and numbers.answers_equal(answer, gold)
 
 
 def _balanced(text: str) -> bool:

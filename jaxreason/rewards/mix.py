@@ -69,7 +69,7 @@ class Reward:
         for name, term in self.terms.items():
             values, details = term(completions, answers)
             _check_values(name, values, len(completions))
-            breakdown[name] = list(values)
+            breakdown[name] = [float(value) for value in values]
             breakdown |= {f"{name}/{detail}": list(each) for detail, each in details.items()}
             weight = self.weights[name]
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]

@@ -98,17 +98,16 @@ def test_loops_of_a_model_are_graded_in_linear_time():
     """Every kind, on the loops that would make a careless regular expression quadratic."""
     golds = {"countdown": '{"target": 3, "numbers": [1, 2]}', "choice": "A"}
     options = {"length": {"max_tokens": 4}}
-    loops = (r"\( \[ \boxed{ $ $$ <answer> </answer> <think> answer #### 1 1, 1/ ( { - ** \frac1 = x "
-             r"1.5e A or").split(" ")  # fmt: skip
-    rows = completions(
-        *((loop * 20_000) for loop in loops), *((loop + " ") * 20_000 for loop in loops)
+    loops = (
+        r"\( \[ \boxed{ $ $$ <answer> </answer> <think> #### 1, 1/ ( { - ** \frac1 = 1.5e".split()
     )
-    for kind in mix.KINDS:
+    rows = completions(*(loop * 20_000 for loop in [*loops, "1 ", "answer ", "x = ", "A or "]))
+    for kind in set(mix.KINDS) - {"arithmetic"}:  # the same as math
         config = RewardConfig(kind, 1.0, options.get(kind, {}))
         started = time.monotonic()
         with mix.build({"x": config}, split_reasoning) as reward:
             reward(rows, [golds.get(kind, "2")] * len(rows))
-        assert time.monotonic() - started < 10, kind  # about 1 s; quadratic ones take minutes
+        assert time.monotonic() - started < 5, kind  # under 1 s; quadratic ones take much longer
 
 
 def test_completions_need_an_answer_each():
