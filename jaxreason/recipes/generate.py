@@ -38,34 +38,34 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     shape = assemble.architecture(config, start)
     sampling = sampling_of(config)
     fields = template_fields(config.prompt_template)
-    remember = {"true": True, "false": False, "auto": None}.get(config.remember, "unknown")
-    if remember == "unknown":
+    if config.prompts:
+        prompts, output = read_prompts(config, fields), Output(config)
+        done = output.resume(prompts)
+    elif fields != ["prompt"]:
+        raise ValueError(
+            f"prompt_template is {config.prompt_template!r}; in a conversation its one field is "
+            "{prompt}"
+        )
+    if config.remember not in ("auto", "true", "false"):
         raise ValueError(f"remember is {config.remember!r}; it must be auto, true or false")
-    prompts = read_prompts(config, fields) if config.prompts else None
 
     # --- the model --------------------------------------------------------------------------------
     with tempfile.TemporaryDirectory() as scratch:  # where a tokenizer is put together
         tokenizer = assemble.tokenizer(config, Workdir(pathlib.Path(scratch)), start)
     model = assemble.language_model(config, shape, tokenizer)
-    speaker = _speaker(config, start, model, tokenizer)
+    speaker = _speaker(config, start, model, tokenizer, folder)
 
     # --- its answers ------------------------------------------------------------------------------
-    if prompts is not None:
-        made_by = {"from": start.text, "seed": config.seed, "sampling": config.sampling.to_dict()}
-        answer_all(speaker, prompts, sampling, Output(config, made_by), progress)
+    if config.prompts:
+        answer_all(speaker, prompts, done, sampling, output, progress)
         return
-    if fields != ["prompt"]:
-        raise ValueError(
-            f"prompt_template is {config.prompt_template!r}; in a conversation its one field is "
-            "{prompt}"
-        )
     screen = terminal.Screen(sys.stdout, speaker.template.tags)
-    if screen.is_terminal:
-        screen.say(f"{start.name}: {model.num_params:,} parameters. {terminal.HELP}")
-    if remember is None:
-        remember = speaker.template.name != "plain"  # which is for one question
+    screen.say(f"{start.name}: {model.num_params:,} parameters. {terminal.HELP}")
+    # The plain template is for one question: it has nothing that parts two turns.
+    several = {"true": True, "false": False, "auto": speaker.template.name != "plain"}
     ask = lambda line: config.prompt_template.format(prompt=line)
-    terminal.converse(speaker, sampling, ask, remember, terminal.lines(sys.stdin), screen)
+    lines = terminal.lines(sys.stdin)
+    terminal.converse(speaker, sampling, ask, several[config.remember], lines, screen)
 
 
 def sampling_of(config: ConfigDict) -> Sampling:
@@ -84,6 +84,7 @@ def _speaker(
     start: checkpoints.Checkpoint,
     model: LanguageModel,
     tokenizer: Tokenizer,
+    folder: pathlib.Path,
 ) -> terminal.Speaker:
     template = assemble.chat_template(config, tokenizer)
 
@@ -93,7 +94,7 @@ def _speaker(
     # One conversation reads best in small pieces; a file of questions fills every slot.
     engine = EngineConfig(slots=config.rows) if config.prompts else EngineConfig(slots=1, steps=8)
     generate = build_generate(model, encode, tokenizer.decode, tokenizer.eos_id, engine)
-    params = start.load(model, checkpoints=None)
+    params = start.load(model, Workdir(folder).checkpoints)
     if params is None:
         params = model.init(assemble.stage_key(config.seed, "init"))
     return terminal.Speaker(
@@ -152,47 +153,58 @@ def read_prompts(config: ConfigDict, fields: Sequence[str]) -> list[str]:
 class Output:
     """`config.output`: line i answers question i. It grows by `save_every` lines at a time."""
 
-    def __init__(self, config: ConfigDict, made_by: dict[str, Any]):
+    def __init__(self, config: ConfigDict):
         self.path = pathlib.Path(config.output).expanduser()
         self.every = config.save_every
-        self._made_by = json.loads(json.dumps(made_by))
+        made_by = {"from": config.init["from"], "seed": config.seed}
+        made_by["sampling"] = config.sampling.to_dict()
+        self._made_by = json.loads(json.dumps(made_by))  # as it is read back
         if not config.output or self.path.is_dir():
             raise ValueError(f"output is {config.output!r}; it must name a file")
         if self.every < 1:
             raise ValueError(f"save_every is {self.every}; it must be at least 1")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def resume(self, prompts: Sequence[str]) -> int:
         """How many questions are answered; what was cut off in the middle is dropped.
 
         Raises ValueError where the file holds something else than answers to these questions.
         """
-        lines = read_lines(self.path)
-        for number, (line, prompt) in enumerate(zip(lines, prompts), start=1):
-            if line.get("prompt") != prompt or line.get("made_by") != self._made_by:
-                raise ValueError(
-                    f"output is {str(self.path)!r}, whose line {number} answers another question, "
-                    "or was made with other settings: give another file, or remove it"
-                )
+        foreign = ValueError(
+            f"output is {str(self.path)!r}, which holds something else than answers to these "
+            "questions with these settings: give another file, or remove it"
+        )
+        try:
+            lines = read_lines(self.path)
+        except json.JSONDecodeError as error:
+            raise foreign from error
+        for line, prompt in zip(lines, prompts):
+            own = {"prompt": prompt, "made_by": self._made_by}
+            if not isinstance(line, dict) or any(line.get(k) != v for k, v in own.items()):
+                raise foreign
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         done = len(lines) if len(lines) >= len(prompts) else len(lines) // self.every * self.every
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines[:done]))
+        write_whole(self.path, "".join(map(_json_line, lines[:done])))
         return done
 
     def append(self, prompt: str, completions: Sequence[dict[str, Any]]) -> None:
         line = {"prompt": prompt, "completions": completions, "made_by": self._made_by}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(_json_line(line))
+
+
+def _json_line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def answer_all(
     speaker: terminal.Speaker,
     prompts: Sequence[str],
+    done: int,
     sampling: Sampling,
     output: Output,
     progress: Progress,
 ) -> None:
-    """Answers what `output` does not hold yet; the same command goes on where it stopped."""
-    done = output.resume(prompts)
+    """Answers all but the first `done` questions."""
     progress.start("generate", len(prompts), done)
     shown = [done]  # how many answers the last report knew of
     for begin in range(done, len(prompts), output.every):
