@@ -12,7 +12,8 @@ from jaxreason.kernels import blockwise, linear_xent, reference
 from jaxreason.model.config import preset
 from jaxreason.model.decoder import Execution, LanguageModel
 from jaxreason.objectives.lm import LanguageModeling
-from jaxreason.rollout.sample import build_generate
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout.generate import build_generate
 from jaxreason.train import optim
 from jaxreason.train import state as state_lib
 from jaxreason.train.step import make_train_step
@@ -90,7 +91,7 @@ def test_training_in_bfloat16_learns_a_batch():
 def test_sampled_logprobs_are_the_trainers():
     model = LanguageModel(SHAPE, Execution(dtype="float32", scan_layers=True))
     params = model.init(jax.random.key(0))
-    generate = build_generate(model, list, str, eos_id=0, rows=8)
+    generate = build_generate(model, list, str, 0, EngineConfig(slots=8))
     prompts = [[5, 6, 7], [8, 9, 10, 11]]
     rows = generate(params, prompts, Sampling(max_tokens=32, num_samples=4), jax.random.key(1))
     for prompt, completions in zip(prompts, rows):

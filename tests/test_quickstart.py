@@ -109,12 +109,15 @@ def _greedy(workdir, stage: str, prompts: list[list[int]]) -> list[tuple[int, ..
     from jaxreason.checkpoint.store import restore_params
     from jaxreason.model.config import DecoderConfig
     from jaxreason.model.decoder import LanguageModel
-    from jaxreason.rollout.sample import build_generate
+    from jaxreason.rollout.engine import EngineConfig
+    from jaxreason.rollout.generate import build_generate
     from jaxreason.types import Sampling
 
     shape = json.loads((workdir / "config.json").read_text())["architecture"]
     model, tokenizer = LanguageModel(DecoderConfig(**shape)), ByteTokenizer()
     params = restore_params(workdir / "checkpoints" / stage, model.abstract())
-    generate = build_generate(model, list, tokenizer.decode, tokenizer.eos_id, rows=len(prompts))
+    generate = build_generate(
+        model, list, tokenizer.decode, tokenizer.eos_id, EngineConfig(slots=len(prompts))
+    )
     sampling = Sampling(max_tokens=60, temperature=0.0)
     return [row[0].ids for row in generate(params, prompts, sampling, jax.random.key(0))]

@@ -38,7 +38,8 @@ from jaxreason.model.config import DecoderConfig, preset
 from jaxreason.model.decoder import Execution, LanguageModel
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel.allocator import keep_freed_memory
-from jaxreason.rollout.sample import build_generate
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout.generate import build_generate
 from jaxreason.train import optim, state
 from jaxreason.train.step import make_train_step
 from jaxreason.types import Batch, Sampling
@@ -279,7 +280,7 @@ def bench_decode(case: Case, settings: Settings) -> list[Result | str]:
     model = language_model(case)
     # Layers 5 times their initial size: clear winners, so that both sides choose the same tokens.
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model.init(jax.random.key(0)))
-    generate = build_generate(model, list, str, NO_EOS, rows=DECODE_ROWS)
+    generate = build_generate(model, list, str, NO_EOS, EngineConfig(slots=DECODE_ROWS))
     prompts = np.random.default_rng(0).integers(0, 256, (DECODE_ROWS, PROMPT)).tolist()
     sampling, key = Sampling(max_tokens=NEW, temperature=0.0), jax.random.key(0)
     shape = f"{DECODE_ROWS} x ({PROMPT} + {NEW})"

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxreason.kernels.decode import decode_attention
+from jaxreason.kernels import blockwise
+from jaxreason.kernels.decode import decode_attention, repeat_rows
 from jaxreason.model import attention as attention_lib
 from jaxreason.model import cache as cache_lib
 from jaxreason.model.cache import Cache
@@ -277,7 +278,7 @@ class LanguageModel:
 
     def hidden(self, params: Params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
         """hidden_BTD after the final norm, every document of a row on its own."""
-        return self._forward(params, tokens_BT, segments_BT, positions_BT)[0]
+        return self._forward(params, tokens_BT, segments_BT, positions_BT)
 
     def head_weight(self, params: Params) -> jax.Array:
         return params["embedding" if self.config.tie_embeddings else "lm_head"]
@@ -294,7 +295,7 @@ class LanguageModel:
         """values_BT of the value head, float32."""
         return values(params["value_head"], h_BTD)
 
-    def _forward(self, params, tokens_BT, segments_BT, positions_BT, keep_kv=False):
+    def _forward(self, params, tokens_BT, segments_BT, positions_BT):
         c = self.config
         module = self._module(params)
         mask = AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
@@ -306,13 +307,13 @@ class LanguageModel:
             q, k, v = qkv(c, w, x_BTD, cos, sin)
             x_BTD = finish_layer(c, w, x_BTD, self._attention(q, k, v, mask))
             x_BTD = rules.constrain(x_BTD, self.mesh, "batch", "length", "model")
-            return x_BTD, (k, v) if keep_kv else None
+            return x_BTD, None
 
         if self.execution.remat == "full":
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
         unroll = 1 if self.execution.scan_layers else c.num_layers
-        x_BTD, kv = jax.lax.scan(layer, x_BTD, module.layers, unroll=unroll)
-        return rms_norm(x_BTD, module.final_norm[...], c.norm_eps), kv
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, module.layers, unroll=unroll)
+        return rms_norm(x_BTD, module.final_norm[...], c.norm_eps)
 
     def _embed(self, table_VD, tokens_BT):
         # A table split on both dims makes XLA rematerialise it around the gather: gather it whole.
@@ -323,17 +324,6 @@ class LanguageModel:
         return rules.constrain(table_VD[tokens_BT], self.mesh, "batch", "length", "model")
 
     # -- generation --------------------------------------------------------------------------------
-
-    def prefill(self, params: Params, tokens_BT, lengths_B, size: int) -> tuple[jax.Array, Cache]:
-        """Right-padded prompts -> (logits_BV of the token after each prompt, a cache of `size`)."""
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-        h_BTD, (k, v) = self._forward(params, tokens_BT, segments_BT, positions_BT, keep_kv=True)
-        last_BD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-        head_VD = self.head_weight(params).astype(self.dtype)
-        return self._logits(last_BD, head_VD), cache_lib.from_prefill(
-            self.config, k, v, lengths_B, size
-        )
 
     def decode_weights(self, params: Params) -> DecodeWeights:
         module = self._module(params)
@@ -347,23 +337,53 @@ class LanguageModel:
             head_VD=self.head_weight(params).astype(self.dtype),
         )
 
-    def decode(self, weights: DecodeWeights, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """One more token a slot -> (logits_BV of the one after it, the cache with it)."""
+    def prefill(self, weights: DecodeWeights, tokens_BT, sizes_B, cache: Cache) -> Cache:
+        """Reads the first `sizes_B` tokens of each row after what the cache holds of it.
+
+        The cache needs room for T more positions in every row; the rest of T is written too, beyond
+        the row's new length.
+        """
+        c, T = self.config, tokens_BT.shape[1]
+        positions_BT = cache.lengths_B[:, None] + jnp.arange(T)
+        cos, sin = rope_tables(positions_BT, c.head_dim, c.rope_theta)
+        mask = AttentionMask(q_offset_B=cache.lengths_B)
+        x_BTD = weights.embedding[tokens_BT]
+        ks, vs = [], []
+        for w, k_BKSH, v_BKSH in zip(weights.layers, cache.k, cache.v, strict=True):
+            q_BTNH, k_BTKH, v_BTKH = qkv(c, w, x_BTD, cos, sin)
+            ks.append(cache_lib.write(k_BKSH, jnp.swapaxes(k_BTKH, 1, 2), cache.lengths_B))
+            vs.append(cache_lib.write(v_BKSH, jnp.swapaxes(v_BTKH, 1, 2), cache.lengths_B))
+            if len(ks) < c.num_layers:  # of the last layer only keys and values are needed
+                k_BSKH, v_BSKH = jnp.swapaxes(ks[-1], 1, 2), jnp.swapaxes(vs[-1], 1, 2)
+                attended_BTNH = blockwise.attention(q_BTNH, k_BSKH, v_BSKH, mask)[0]
+                x_BTD = finish_layer(c, w, x_BTD, attended_BTNH)
+        return Cache(k=tuple(ks), v=tuple(vs), lengths_B=cache.lengths_B + sizes_B)
+
+    def decode(
+        self, weights: DecodeWeights, tokens_B, cache: Cache, prefix: Cache | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """One more token a row -> (logits_BV of the one after it, the cache with it).
+
+        Args:
+          prefix: what P neighbouring runs of B / P rows each have before their cache.
+        """
         c = self.config
-        cos, sin = rope_tables(cache.lengths_B[:, None], c.head_dim, c.rope_theta)
+        before_B = 0 if prefix is None else repeat_rows(prefix.lengths_B, tokens_B.shape[0])
+        positions_B1 = (before_B + cache.lengths_B)[:, None]
+        cos, sin = rope_tables(positions_B1, c.head_dim, c.rope_theta)
         x_BTD = weights.embedding[tokens_B][:, None]
         lengths_B = cache.lengths_B + 1
         ks, vs = [], []
-        for w, k_BKSH, v_BKSH in zip(weights.layers, cache.k, cache.v, strict=True):
-            q, k, v = qkv(c, w, x_BTD, cos, sin)
-            ks.append(cache_lib.write_token(k_BKSH, k[:, 0], cache.lengths_B))
-            vs.append(cache_lib.write_token(v_BKSH, v[:, 0], cache.lengths_B))
-            out_BNH = decode_attention(q[:, 0], ks[-1], vs[-1], lengths_B)
+        for i, w in enumerate(weights.layers):
+            q_BTNH, k_BTKH, v_BTKH = qkv(c, w, x_BTD, cos, sin)
+            ks.append(cache_lib.write(cache.k[i], jnp.swapaxes(k_BTKH, 1, 2), cache.lengths_B))
+            vs.append(cache_lib.write(cache.v[i], jnp.swapaxes(v_BTKH, 1, 2), cache.lengths_B))
+            shared = prefix and (prefix.k[i], prefix.v[i], prefix.lengths_B)
+            out_BNH = decode_attention(q_BTNH[:, 0], ks[-1], vs[-1], lengths_B, prefix=shared)
             x_BTD = finish_layer(c, w, x_BTD, out_BNH[:, None])
         h_BD = rms_norm(x_BTD[:, 0], weights.final_norm, c.norm_eps)
-        return self._logits(h_BD, weights.head_VD), Cache(
-            k=tuple(ks), v=tuple(vs), lengths_B=lengths_B
-        )
+        logits_BV = self._logits(h_BD, weights.head_VD)
+        return logits_BV, Cache(k=tuple(ks), v=tuple(vs), lengths_B=lengths_B)
 
     def _logits(self, h_BD, head_VD):
         logits_BV = jnp.einsum("BD,VD->BV", h_BD, head_VD, preferred_element_type=jnp.float32)

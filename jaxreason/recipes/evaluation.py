@@ -104,7 +104,9 @@ def prompt_encoder(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[str], 
 def generator(config: ConfigDict, tokenizer: Tokenizer, model: LanguageModel, rows: int):
     """`generate` of the rollout engine with `rows` slots, on prompts as users write them."""
     encode = prompt_encoder(config, tokenizer)
-    return build_generate(model, encode, tokenizer.decode, tokenizer.eos_id, EngineConfig(slots=rows))
+    return build_generate(
+        model, encode, tokenizer.decode, tokenizer.eos_id, EngineConfig(slots=rows)
+    )
 
 
 def _sampling(spec: ConfigDict) -> Sampling:

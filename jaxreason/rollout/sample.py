@@ -1,157 +1,114 @@
-"""A cached batch sampler: prompts in, completions out, one compiled loop a prompt length."""
+"""One token a row from logits_BV: temperature, filters, the draw and its log-probability.
 
-import functools
-from collections.abc import Callable, Sequence
+Every row has its own parameters, as arrays; `Features` says which of them any row of a program
+uses, so that plain sampling pays for none of the rest. No filter sorts the vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxreason.model.decoder import LanguageModel
-from jaxreason.types import Completion, Params, Sampling, pytree_dataclass
-
-Generate = Callable[[Params, Sequence[str], Sampling, jax.Array], list[list[Completion]]]
+from jaxreason.types import Sampling, pytree_dataclass
 
 
 @pytree_dataclass()
-class _Rows:
-    """One batch of rows in flight."""
+class RowSampling:
+    """types.Sampling's numbers for each row."""
 
-    tokens_BT: jax.Array  # int32, right-padded prompts
-    lengths_B: jax.Array  # int32, tokens of each prompt
-    keys_B: jax.Array  # one PRNG key a row
-    live_B: jax.Array  # bool; False for the rows that only fill the batch
+    temperature_B: jax.Array  # float32; 0 is greedy
+    top_k_B: jax.Array  # int32; 0 is off
+    top_p_B: jax.Array  # float32; 1 is off
+    min_p_B: jax.Array  # float32; 0 is off
+    repetition_penalty_B: jax.Array  # float32; 1 is off
 
 
-def build_generate(model: LanguageModel, encode, decode, eos_id: int, rows: int = 256) -> Generate:
-    """`generate(params, prompts, sampling, key)` -> completions[prompt][sample].
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What at least one row uses: static, so that a program holds nothing else."""
 
-    Rows of one length bucket are sampled together, `rows` at a time. A row's draws depend on the
-    key and on its own index only, not on the batch it sits in.
+    random: bool = False  # a temperature above 0
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+    repetition_penalty: bool = False
+    min_tokens: bool = False
+    thinking: bool = False
+
+    @classmethod
+    def of(cls, samplings: Iterable[Sampling]) -> "Features":
+        """The features that these requests use together."""
+        samplings = list(samplings)
+        drawn = [s for s in samplings if s.temperature > 0]
+        return cls(
+            random=bool(drawn),
+            top_k=any(s.top_k > 0 for s in drawn),
+            top_p=any(s.top_p < 1 for s in drawn),
+            min_p=any(s.min_p > 0 for s in drawn),
+            repetition_penalty=any(s.repetition_penalty != 1 for s in samplings),
+            min_tokens=any(s.min_tokens > 0 for s in samplings),
+            thinking=any(s.thinking is not None for s in samplings),
+        )
+
+
+def logprobs(
+    logits_BV: jax.Array, token_B: jax.Array, rows: RowSampling, features: Features
+) -> jax.Array:
+    """Log-probability of one token a row at the row's temperature (at 1 where it is greedy).
+
+    Of the whole distribution: before the penalty, the bans and the filters.
+    """
+    scaled_BV = _scaled(logits_BV, rows, features)
+    e_BV, top_B1 = _exp(scaled_BV)
+    chosen_B1 = jnp.take_along_axis(scaled_BV, token_B[:, None], 1)
+    return (chosen_B1 - top_B1 - jnp.log(e_BV.sum(-1, keepdims=True)))[:, 0]
+
+
+def draw(
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    rows: RowSampling,
+    features: Features,
+    seen_BV: jax.Array | None = None,
+    banned_BV: jax.Array | None = None,
+) -> jax.Array:
+    """token_B. In order, as transformers does: the penalty, bans, temperature, filters, the draw.
 
     Args:
-      encode: prompt text -> ids.
-      decode: ids -> text.
-      eos_id: ends a completion, and is kept as its last id.
+      keys_B: a PRNG key a row, for this one draw.
+      seen_BV: tokens of the prompt and the completion so far; None where no row has a penalty.
+      banned_BV: tokens that may not be drawn now; None where there are none.
     """
-
-    @functools.partial(jax.jit, static_argnames=("sampling",))
-    def run(params, rows, sampling):
-        return _sample_rows(model, params, rows, sampling, eos_id)
-
-    def generate(params, prompts, sampling, key):
-        ids = [encode(prompt) for prompt in prompts]
-        order = [(p, r) for p in range(len(ids)) for r in range(sampling.num_samples)]
-        # Stable sort by bucket: prompts of one length share a compiled loop.
-        order.sort(key=lambda pr: _bucket(len(ids[pr[0]])))
-        found: dict[tuple[int, int], Completion] = {}
-        for start, stop in _cuts([_bucket(len(ids[p])) for p, _ in order], rows):
-            chunk = order[start:stop]
-            index = [p * sampling.num_samples + r for p, r in chunk]
-            batch = _pad_rows([ids[p] for p, _ in chunk], index, rows, key)
-            out = jax.device_get(run(params, batch, sampling))
-            for i, pr in enumerate(chunk):
-                found[pr] = _completion(i, *out, decode=decode, eos_id=eos_id)
-        R = sampling.num_samples
-        return [[found[p, r] for r in range(R)] for p in range(len(ids))]
-
-    return generate
+    if seen_BV is not None:
+        penalty_B1 = rows.repetition_penalty_B[:, None]
+        penal_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+        logits_BV = jnp.where(seen_BV, penal_BV, logits_BV)
+    if banned_BV is not None:
+        logits_BV = jnp.where(banned_BV, -jnp.inf, logits_BV)
+    scaled_BV = _scaled(logits_BV, rows, features)
+    best_B = argmax(scaled_BV)
+    if not features.random:
+        return best_B
+    drawn_B = choose(keep(_exp(scaled_BV)[0], rows, features), keys_B)
+    return jnp.where(rows.temperature_B == 0, best_B, drawn_B)
 
 
-def _bucket(length: int) -> int:
-    """Prompt lengths are padded to powers of two, so few loops are compiled."""
-    return max(16, 1 << (length - 1).bit_length())
+def _scaled(logits_BV: jax.Array, rows: RowSampling, features: Features) -> jax.Array:
+    if not features.random:
+        return logits_BV
+    temperature_B = jnp.where(rows.temperature_B == 0, 1.0, rows.temperature_B)
+    return logits_BV / temperature_B[:, None]
 
 
-def _cuts(buckets: Sequence[int], rows: int):
-    """(start, stop) of runs of at most `rows` equal buckets."""
-    start = 0
-    while start < len(buckets):
-        stop = start
-        while stop < min(start + rows, len(buckets)) and buckets[stop] == buckets[start]:
-            stop += 1
-        yield start, stop
-        start = stop
+def _exp(scaled_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(e_BV, top_B1): exp of the distance to the largest of each row, which is top_B1."""
+    top_B1 = scaled_BV.max(-1, keepdims=True)
+    return jnp.exp(scaled_BV - top_B1), top_B1
 
 
-def _pad_rows(prompts: Sequence[Sequence[int]], index: Sequence[int], rows: int, key) -> _Rows:
-    tokens = np.zeros((rows, _bucket(max(map(len, prompts)))), np.int32)
-    lengths, rows_index = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = prompt
-        lengths[i], rows_index[i] = len(prompt), index[i]
-    keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(rows_index))
-    live = jnp.arange(rows) < len(prompts)
-    return _Rows(
-        tokens_BT=jnp.asarray(tokens), lengths_B=jnp.asarray(lengths), keys_B=keys_B, live_B=live
-    )
-
-
-def _completion(i, tokens_BT, logprobs_BT, lengths_B, *, decode, eos_id) -> Completion:
-    n = int(lengths_B[i])
-    ids = tuple(int(t) for t in tokens_BT[i, :n])
-    ended = ids[-1] == eos_id
-    return Completion(
-        text=decode(list(ids[:-1] if ended else ids)),
-        ids=ids,
-        logprobs=tuple(float(x) for x in logprobs_BT[i, :n]),
-        truncated=not ended,
-    )
-
-
-def _sample_rows(
-    model: LanguageModel, params: Params, rows: _Rows, sampling: Sampling, eos_id: int
-):
-    """(tokens_BT, logprobs_BT, lengths_B) of the completions, EOS included."""
-    B, limit = rows.tokens_BT.shape[0], sampling.max_tokens
-    weights = model.decode_weights(params)
-    size = rows.tokens_BT.shape[1] + limit
-    logits_BV, cache = model.prefill(params, rows.tokens_BT, rows.lengths_B, size)
-
-    def cond(carry):
-        t, _, _, done_B, *_ = carry
-        return (t < limit) & ~done_B.all()
-
-    def body(carry):
-        t, logits_BV, cache, done_B, tokens_BT, logprobs_BT, count_B = carry
-        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, t))(rows.keys_B)
-        token_B, logprob_B = draw(logits_BV, keys_B, sampling)
-        token_B = jnp.where(done_B, eos_id, token_B)
-        tokens_BT = tokens_BT.at[:, t].set(token_B)
-        logprobs_BT = logprobs_BT.at[:, t].set(logprob_B)
-        count_B += ~done_B
-        done_B |= token_B == eos_id
-        logits_BV, cache = model.decode(weights, token_B, cache)
-        return t + 1, logits_BV, cache, done_B, tokens_BT, logprobs_BT, count_B
-
-    start = (
-        jnp.int32(0), logits_BV, cache, ~rows.live_B,
-        jnp.zeros((B, limit), jnp.int32), jnp.zeros((B, limit)), jnp.zeros(B, jnp.int32),
-    )  # fmt: skip
-    *_, tokens_BT, logprobs_BT, count_B = jax.lax.while_loop(cond, body, start)
-    return tokens_BT, logprobs_BT, count_B
-
-
-def draw(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling):
-    """(token_B, logprob_B): one draw a row, and its log-probability before any filter.
-
-    The log-probability is of the distribution at the sampling temperature (at 1 when greedy).
-    Draws by Gumbel noise; top-k and then top-p keep the most probable tokens.
-    """
-    greedy = sampling.temperature == 0
-    scaled_BV = logits_BV if greedy else logits_BV / sampling.temperature
-    logp_BV = jax.nn.log_softmax(scaled_BV)
-    if greedy:
-        token_B = _argmax(logp_BV)
-    else:
-        kept_BV = jnp.where(_keep(logp_BV, sampling), logp_BV, -jnp.inf)
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logp_BV.shape[1:]))(keys_B)
-        token_B = _argmax(kept_BV + noise_BV)
-    logprob_B = jnp.take_along_axis(logp_BV, token_B[:, None], 1)[:, 0]
-    return token_B, logprob_B
-
-
-def _argmax(x_BV: jax.Array) -> jax.Array:
+def argmax(x_BV: jax.Array) -> jax.Array:
     """The first largest of each row, int32; the last id where all are NaN.
 
     Two plain reductions, 6 times as fast on CPU as jnp.argmax's one over pairs: a tenth of a decode
@@ -162,30 +119,73 @@ def _argmax(x_BV: jax.Array) -> jax.Array:
     return jnp.where(largest_BV, ids_V, ids_V[-1]).min(-1)
 
 
-def _keep(logp_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Which tokens the filters leave: top-k, then the smallest set of mass >= top_p of the rest."""
-    keep_BV = jnp.ones(logp_BV.shape, bool)
-    if 0 < sampling.top_k < logp_BV.shape[1]:
-        kth_B1 = jax.lax.top_k(logp_BV, sampling.top_k)[0][:, -1:]
-        keep_BV = logp_BV >= kth_B1
-    if sampling.top_p < 1:
-        p_BV = jax.nn.softmax(jnp.where(keep_BV, logp_BV, -jnp.inf))
-        keep_BV &= p_BV >= _top_p_threshold(p_BV, sampling.top_p)
-    return keep_BV
+# --- filters --------------------------------------------------------------------------------------
 
 
-def _top_p_threshold(p_BV: jax.Array, top_p: float) -> jax.Array:
-    """The largest t with sum(p[p >= t]) >= top_p, by bisection: no sort over the vocabulary.
+def keep(e_BV: jax.Array, rows: RowSampling, features: Features) -> jax.Array:
+    """e_BV with 0 for what the filters remove; equal values are kept or removed together.
 
-    32 halvings of [0, 1] leave an interval under 2.4e-10: only probabilities closer than that to
-    the edge of the set could be kept too many, never too few.
+    Args:
+      e_BV: what is proportional to the probabilities, the largest of each row being 1.
     """
+    if features.top_k:
+        k_B1 = jnp.where(rows.top_k_B == 0, e_BV.shape[1], rows.top_k_B)[:, None]
+        count = lambda least_B1: (e_BV >= least_B1).sum(-1, keepdims=True) >= k_B1
+        e_BV = jnp.where(e_BV >= _largest_with(count, e_BV), e_BV, 0)
+    if features.top_p:
+        p_B1 = rows.top_p_B[:, None]
+        wanted_B1 = p_B1 * e_BV.sum(-1, keepdims=True)
+        mass = lambda t_B1: jnp.where(e_BV >= t_B1, e_BV, 0).sum(-1, keepdims=True) >= wanted_B1
+        least_B1 = jnp.where(p_B1 < 1, _largest_with(mass, e_BV), 0)
+        e_BV = jnp.where(e_BV >= least_B1, e_BV, 0)
+    if features.min_p:
+        e_BV = jnp.where(e_BV >= rows.min_p_B[:, None], e_BV, 0)
+    return e_BV
+
+
+def _largest_with(enough: Callable[[jax.Array], jax.Array], e_BV: jax.Array) -> jax.Array:
+    """The largest float32 t_B1 of [0, 1] for which enough(t_B1), which holds for 0.
+
+    Non-negative floats have the order of their bits read as integers: 30 halvings find the exact
+    number (1.0 is 0x3F800000 < 2 ** 30).
+    """
+    number = lambda bits_B1: jax.lax.bitcast_convert_type(bits_B1, jnp.float32)
 
     def halve(_, interval):
         low_B1, high_B1 = interval
-        mid_B1 = (low_B1 + high_B1) / 2
-        enough = jnp.where(p_BV >= mid_B1, p_BV, 0).sum(-1, keepdims=True) >= top_p
-        return jnp.where(enough, mid_B1, low_B1), jnp.where(enough, high_B1, mid_B1)
+        middle_B1 = (low_B1 + high_B1) // 2
+        ok_B1 = enough(number(middle_B1))
+        return jnp.where(ok_B1, middle_B1, low_B1), jnp.where(ok_B1, high_B1, middle_B1)
 
-    top_B1 = p_BV.max(-1, keepdims=True)
-    return jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(top_B1), top_B1))[0]
+    low_B1 = jnp.zeros((e_BV.shape[0], 1), jnp.int32)
+    return number(jax.lax.fori_loop(0, 30, halve, (low_B1, low_B1 + 0x3F800001))[0])
+
+
+# --- the draw -------------------------------------------------------------------------------------
+
+
+def choose(weight_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """token_B with probability proportional to weight_BV (non-negative, not all 0).
+
+    First a block of about sqrt(V) tokens, then a token in it, with two uniform numbers a row: no
+    noise for every entry of the vocabulary, and no one number's 23 bits shared by all of it.
+    """
+    B, V = weight_BV.shape
+    size = math.isqrt(V - 1) + 1
+    pad = -V % size
+    weight_BMC = jnp.pad(weight_BV, ((0, 0), (0, pad))).reshape(B, -1, size)
+    uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    block_B = _pick(weight_BMC.sum(-1), uniform_B2[:, :1])
+    weight_BC = jnp.take_along_axis(weight_BMC, block_B[:, None, None], 1)[:, 0]
+    return block_B * size + _pick(weight_BC, uniform_B2[:, 1:])
+
+
+def _pick(weight_BM: jax.Array, uniform_B1: jax.Array) -> jax.Array:
+    """The first index at which the running sum passes uniform * total; never one of weight 0."""
+    sum_BM = jnp.cumsum(weight_BM, axis=1)
+    index_M = jnp.arange(weight_BM.shape[1], dtype=jnp.int32)
+    positive_BM = weight_BM > 0
+    passed_BM = positive_BM & (sum_BM > uniform_B1 * sum_BM[:, -1:])
+    first_B = jnp.where(passed_BM, index_M, index_M[-1] + 1).min(-1)
+    # Sums in another order may differ by a rounding, so that none passes: then the last possible.
+    return jnp.minimum(first_B, jnp.where(positive_BM, index_M, 0).max(-1))

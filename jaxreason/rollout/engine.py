@@ -1,0 +1,204 @@
+"""The rollout engine: slots that decode, in groups, many tokens a device call.
+
+One donated State holds a pool of prompts' keys and values and B slots. A slot points at its prompt
+in the pool and has keys and values of its own only for what is generated, so the samples of one
+prompt share its prefill, its memory and its reads. Four calls move it:
+
+  prefill   chunks of prompts into the pool
+  insert    requests into free slots
+  step      up to `steps` more tokens for a group of slots
+  harvest   what a step drew, on the host
+
+A prompt's last token is not prefilled: it is the first that its slots decode, so that the draw of
+the first token is the draw of any other. The last row of the pool and of the slots is never used:
+what fills up a batch points at it.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason.model import cache as cache_lib
+from jaxreason.model.cache import Cache
+from jaxreason.model.decoder import DecodeWeights, LanguageModel
+from jaxreason.rollout import sample
+from jaxreason.rollout.sample import Features, RowSampling
+from jaxreason.types import pytree_dataclass
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How the engine works; none of it changes what is drawn, up to rounding.
+
+    On CPU a step of 16 rows costs no more a row than one of 256, and its keys and values stay in
+    the cores' caches. An accelerator streams the weights once a group: there a group is all slots.
+    """
+
+    slots: int = 256  # requests in flight
+    group: int | None = None  # slots that decode together; None: 16 on CPU, else all
+    steps: int = 32  # tokens a device call, at most
+    prefill_chunk: int = 256  # tokens of one prompt a device call, at most
+    share_prefix: bool = True  # the samples of a prompt share one prefill and its keys and values
+
+    def __post_init__(self):
+        for name in ("slots", "group", "steps", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"engine.{name} is {value}; it must be at least 1")
+
+
+@pytree_dataclass()
+class Rows:
+    """What a slot is besides its keys and values."""
+
+    prefix_B: jax.Array  # int32, its prompt in the pool
+    token_B: jax.Array  # int32, the next token to read
+    key_B: jax.Array  # the PRNG key of the request
+    draws_B: jax.Array  # int32, tokens drawn so far: the index of the next draw's key
+    count_B: jax.Array  # int32, tokens of the completion so far
+    done_B: jax.Array  # bool
+    sampling: RowSampling
+    min_tokens_B: jax.Array  # int32, no stop before so many
+    max_tokens_B: jax.Array  # int32
+    stop_BX: jax.Array  # int32, ids that end the completion; -1 fills up
+    seen_BV: jax.Array | None = None  # bool; only where a request has a repetition penalty
+
+
+@pytree_dataclass()
+class State:
+    """All that the engine's calls read and write; donated to each."""
+
+    pool: Cache  # prompts without their last token
+    slots: Cache  # from a prompt's last token on
+    rows: Rows
+
+
+class Emitted(NamedTuple):
+    """What a step drew: row i of the group has `count_B[i]` new tokens."""
+
+    tokens_BT: jax.Array
+    logprobs_BT: jax.Array
+    count_B: jax.Array
+    done_B: jax.Array
+
+
+class Reads(NamedTuple):
+    """How many positions of the pool and of the slots a step may read. Static."""
+
+    prefix: int
+    own: int
+
+
+class Engine:
+    """The device's side: jitted functions of one model, each compiled once per static argument."""
+
+    def __init__(self, model: LanguageModel, config: EngineConfig):
+        self.model, self.config = model, config
+        self.weights = jax.jit(model.decode_weights)
+        self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnames="read")
+        self.insert = jax.jit(self._insert, donate_argnums=0)
+        self.step = jax.jit(
+            self._step, donate_argnums=1, static_argnames=("features", "reads", "steps")
+        )
+
+    def init(self, slots: int, slot_size: int, prompts: int, prompt_size: int, rows: Rows) -> State:
+        """An empty state of `slots` + 1 slots and `prompts` + 1 pool entries.
+
+        Args:
+          rows: those of the unused slots, as for `insert`, done.
+        """
+        c, dtype = self.model.config, self.model.dtype
+        return State(
+            pool=cache_lib.empty(c, prompts + 1, prompt_size, dtype),
+            slots=cache_lib.empty(c, slots + 1, slot_size, dtype),
+            rows=rows,
+        )
+
+    def group_size(self, slots: int) -> int:
+        """How many of so many slots decode together at most."""
+        return min(slots, self.config.group or (16 if jax.default_backend() == "cpu" else slots))
+
+    @staticmethod
+    def harvest(emitted: Emitted) -> Emitted:
+        """The same on the host; waits for the step."""
+        return jax.device_get(emitted)
+
+    def _prefill(
+        self, weights: DecodeWeights, state: State, entries_I, tokens_IT, starts_I, sizes_I, *, read
+    ) -> State:
+        """Tokens [starts, starts + sizes) of prompts into pool entries that hold those before."""
+        part = cache_lib.take_rows(state.pool, entries_I, read)
+        part = dataclasses.replace(part, lengths_B=starts_I)
+        part = self.model.prefill(weights, tokens_IT, sizes_I, part)
+        T = tokens_IT.shape[1]
+        pool = cache_lib.put_rows(state.pool, entries_I, part, starts_I, T)
+        return dataclasses.replace(state, pool=pool)
+
+    def _insert(self, state: State, slots_I, rows: Rows) -> State:
+        """Requests into slots; a slot's old keys and values are forgotten."""
+        slots = dataclasses.replace(state.slots, lengths_B=state.slots.lengths_B.at[slots_I].set(0))
+        put = lambda old, new: old.at[slots_I].set(new)
+        return dataclasses.replace(state, slots=slots, rows=jax.tree.map(put, state.rows, rows))
+
+    def _step(
+        self, weights: DecodeWeights, state: State, slots_PW, *, features: Features, reads: Reads,
+        steps: int,
+    ) -> tuple[State, Emitted]:  # fmt: skip
+        """Up to `steps` tokens for these slots; those of a row share the prompt of its first."""
+        slots_B = slots_PW.reshape(-1)
+        rows = jax.tree.map(lambda x: x[slots_B], state.rows)
+        own = cache_lib.take_rows(state.slots, slots_B, reads.own)
+        prefix = cache_lib.take_rows(state.pool, rows.prefix_B[:: slots_PW.shape[1]], reads.prefix)
+        start_B = own.lengths_B
+        next_token = functools.partial(self._next_token, weights, prefix, features)
+
+        def body(carry):
+            t, rows, own, tokens_BT, logprobs_BT = carry
+            rows, own, logprob_B = next_token(rows, own)
+            tokens_BT = tokens_BT.at[:, t].set(rows.token_B)
+            logprobs_BT = logprobs_BT.at[:, t].set(logprob_B)
+            return t + 1, rows, own, tokens_BT, logprobs_BT
+
+        shape = (slots_B.shape[0], steps)
+        start = (jnp.int32(0), rows, own, jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+        more = lambda carry: (carry[0] < steps) & ~carry[1].done_B.all()
+        _, new, own, tokens_BT, logprobs_BT = jax.lax.while_loop(more, body, start)
+        emitted = Emitted(tokens_BT, logprobs_BT, new.count_B - rows.count_B, new.done_B)
+        put = lambda old, new: old.at[slots_B].set(new)
+        slots = cache_lib.put_rows(state.slots, slots_B, own, start_B, steps)
+        return dataclasses.replace(
+            state, slots=slots, rows=jax.tree.map(put, state.rows, new)
+        ), emitted
+
+    def _next_token(self, weights, prefix: Cache, features: Features, rows: Rows, own: Cache):
+        """(rows, own, logprob_B) after one more token of every row that is not done."""
+        logits_BV, after = self.model.decode(weights, rows.token_B, own, prefix)
+        own = dataclasses.replace(
+            after, lengths_B=jnp.where(rows.done_B, own.lengths_B, after.lengths_B)
+        )
+        early_B = rows.count_B < rows.min_tokens_B
+        banned_BV = None
+        if features.min_tokens:
+            ids_V = jnp.arange(logits_BV.shape[1])
+            stops_BV = (rows.stop_BX[:, :, None] == ids_V).any(1)
+            banned_BV = early_B[:, None] & stops_BV
+        keys_B = jax.vmap(jax.random.fold_in)(rows.key_B, rows.draws_B)
+        token_B = sample.draw(logits_BV, keys_B, rows.sampling, features, rows.seen_BV, banned_BV)
+        logprob_B = sample.logprobs(logits_BV, token_B, rows.sampling, features)
+        count_B = rows.count_B + ~rows.done_B
+        stopped_B = (rows.stop_BX == token_B[:, None]).any(1)
+        seen_BV = rows.seen_BV
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+        rows = dataclasses.replace(
+            rows,
+            token_B=token_B,
+            draws_B=rows.draws_B + 1,
+            count_B=count_B,
+            done_B=rows.done_B | stopped_B | (count_B >= rows.max_tokens_B),
+            seen_BV=seen_BV,
+        )
+        return rows, own, logprob_B
