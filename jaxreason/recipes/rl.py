@@ -194,7 +194,9 @@ def run_stage(run: Run, stage: RLStage) -> None:
             sampling=stage.sampling,
             prompts=_open_prompts(stage, reward, workdir, say=run.progress.say),
             encode=encode,
-            generate=evaluation.generator(config, run.tokenizer, model, stage.section.rollout.slots),
+            generate=evaluation.generator(
+                config, run.tokenizer, model, stage.section.rollout.slots
+            ),
             reward=reward,
             solved_by=stage.section.rollout.solved_by,
             key=assemble.stage_key(config.seed, f"{stage.name}.rollout"),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxreason.data.prompts import PromptStream
-from jaxreason.rollout.engine import Generate
+from jaxreason.rollout.generate import Generate
 from jaxreason.train.groups import Group
 from jaxreason.types import Completion, Params, Sampling
 
