@@ -38,6 +38,7 @@ class Rollout:
     groups: list[Group] = dataclasses.field(default_factory=list)
     gen_batches: int = 0
     generated: int = 0  # groups, with those that were dropped
+    prompts: dict[str, float] = dataclasses.field(default_factory=dict)  # the stream's stats after
     began: float = 0.0  # seconds of time.perf_counter
     ended: float = 0.0
 
@@ -47,12 +48,14 @@ class Rollout:
             "groups": [group.to_json() for group in self.groups],
             "gen_batches": self.gen_batches,
             "generated": self.generated,
+            "prompts": self.prompts,
         }
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Rollout":
         groups = [Group.from_json(group) for group in content["groups"]]
-        return cls(content["step"], groups, content["gen_batches"], content["generated"])
+        counts = (content["gen_batches"], content["generated"], content["prompts"])
+        return cls(content["step"], groups, *counts)
 
 
 class Interrupted(Exception):
@@ -106,6 +109,7 @@ class Collector:
             rollout.generated += len(drawn)
             kept = [g for g in drawn if g.varied] if self.config.filter_zero_std else drawn
             rollout.groups = (rollout.groups + kept)[: self.config.num_prompts]
+            rollout.prompts = self.prompts.stats()
         rollout.ended = time.perf_counter()
         return rollout
 

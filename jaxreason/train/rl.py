@@ -159,7 +159,7 @@ def train(
                     )  # fmt: skip
             done += 1
             now = time.perf_counter()
-            values |= _rollout_values(job, rollout) | {
+            values |= _rollout_values(rollout) | {
                 "rollout/skipped": host["skipped"],
                 "perf/step_time": now - began,
                 "perf/rollout_time": rollout.ended - rollout.began,
@@ -350,12 +350,12 @@ def _check_mismatch(job: RL, rollout: Rollout, values: dict[str, float]) -> None
 # --- what is written ------------------------------------------------------------------------------
 
 
-def _rollout_values(job: RL, rollout: Rollout) -> dict[str, float]:
+def _rollout_values(rollout: Rollout) -> dict[str, float]:
     values = statistics(rollout.groups) if rollout.groups else {}
     return values | {
         "rollout/gen_batches": rollout.gen_batches,
         "rollout/generated_groups": rollout.generated,
-        **{f"prompts/{name}": value for name, value in job.collector.prompts.stats().items()},
+        **{f"prompts/{name}": value for name, value in rollout.prompts.items()},
     }
 
 
