@@ -13,18 +13,30 @@ import optax
 import pytest
 from tiny_models import assert_trees_equal, mean_loss, packed_batch, tiny_model, tiny_params
 
+from jaxreason import launch
 from jaxreason.checkpoint.store import Store
 from jaxreason.data import pipeline
+from jaxreason.data.prompts import PromptConfig, PromptSource, PromptStream
 from jaxreason.model import attention
 from jaxreason.model.decoder import Execution
 from jaxreason.objectives.lm import LanguageModeling
+from jaxreason.objectives.policy import PolicyGradient, kl
+from jaxreason.recipes import pipeline as pipeline_recipe
+from jaxreason.rewards import mix
+from jaxreason.rewards.shaping import Length
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout.generate import build_generate
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import ByteTokenizer
 from jaxreason.train import state as state_lib
+from jaxreason.train.collect import CollectConfig, Collector, Rollout
+from jaxreason.train.groups import Group, RowsConfig, lay_out_updates
 from jaxreason.train.step import make_train_step
+from jaxreason.types import Completion, PolicyBatch, Prompt, Sampling
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENIZER = ByteTokenizer()
+ENGINE = EngineConfig(slots=4, steps=4)
 
 
 def test_fault_01_rope_theta_is_honoured():
@@ -71,6 +83,51 @@ def summed_loss(model, params, batch):
     return model.xent(params, h_BTD, batch.targets_BT, batch.weights_BT)[0]
 
 
+def generated(eos_id, key=0, **sampling):
+    """One prompt's completions by the engine, with the tiny model and any id as the end."""
+    decode = lambda ids: " ".join(map(str, ids))
+    generate = build_generate(tiny_model(), lambda text: [1, 2, 3], decode, eos_id, ENGINE)
+    asked = Sampling(**{**dict(max_tokens=12), **sampling})
+    return generate(tiny_params(), ["?"], asked, jax.random.key(key))[0]
+
+
+def test_fault_03_the_sampler_keeps_the_end_and_it_is_learnt():
+    """The end of sequence is the last id, has weight 1, and its advantage moves the gradient."""
+    (free,) = generated(eos_id=-1, temperature=0.0)
+    end = free.ids[4]
+    (ended,) = generated(eos_id=end, temperature=0.0)
+    stop = free.ids.index(end) + 1
+    assert ended.ids == free.ids[:stop] and not ended.truncated
+    prompt = Prompt(id="s/0", text="?", answer="", source="s")
+    group = Group(prompt, (1, 2, 3), (ended, free), (1.0, 0.0), {})
+    (rows,) = lay_out_updates([[group]], RowsConfig(length=16, multiple=2))
+    assert rows.gather(rows.batch.targets_BT)[0, stop - 1] == end
+    assert rows.gather(rows.batch.weights_BT)[0, stop - 1] == 1
+
+    def gradient(advantage_of_the_end):
+        advantages_CT = np.zeros((2, rows.width))
+        advantages_CT[0, stop - 1] = advantage_of_the_end
+        fields = {f.name: getattr(rows.batch, f.name) for f in dataclasses.fields(rows.batch)}
+        zeros = np.zeros_like(rows.batch.weights_BT)
+        batch = PolicyBatch(
+            **fields, advantages_BT=rows.spread(advantages_CT), old_logprobs_BT=zeros,
+            rollout_logprobs_BT=zeros,
+        )  # fmt: skip
+        loss = lambda params: policy.loss(tiny_model(), params, None, batch).terms["policy"][0]
+        return optax.tree.norm(jax.jit(jax.grad(loss))(tiny_params()))
+
+    policy = PolicyGradient(clip="none")
+    assert gradient(0.0) == 0 and gradient(1.0) > 1e-3
+
+
+def test_fault_04_no_two_draws_share_a_key():
+    """Rows of one prompt differ, another rollout's key differs, the same key repeats."""
+    first = generated(eos_id=-1, num_samples=4)
+    assert len({c.ids for c in first}) == 4
+    assert generated(eos_id=-1, num_samples=4) == first
+    assert not {c.ids for c in generated(eos_id=-1, key=1, num_samples=4)} & {c.ids for c in first}
+
+
 class PadIsEos(ByteTokenizer):
     """Qwen and GPT-2 checkpoints often pad with the end of sequence."""
 
@@ -97,6 +154,43 @@ def test_fault_05_the_end_of_sequence_is_trained_when_it_pads(tmp_path, fields):
             learnt[1] += (weights[targets == PadIsEos.eos_id] > 0).sum()
     assert learnt[0] == learnt[1] > 4  # one for every document
     assert (batch.weights_BT[batch.segments_BT == 0] == 0).all()
+
+
+def test_fault_06_lengths_are_tokens():
+    """A text of ten thousand characters in as many tokens is worth the same."""
+    shaped = Length(chat.split_reasoning, max_tokens=100, buffer_tokens=50, shape="overlong")
+    of = lambda text: Completion(text=text, ids=(1,) * 75, logprobs=(0.0,) * 75, truncated=False)
+    assert shaped([of("a"), of("a" * 10_000)], ["", ""])[0] == [-0.5, -0.5]
+
+
+def test_fault_07_groups_that_agree_are_dropped_and_refilled():
+    """As tests/train/test_rl.py has it with a model; here the draws are counted by hand."""
+    completion = Completion(text="x", ids=(1,), logprobs=(0.0,), truncated=False)
+    source = PromptSource(name="s", path="unread", prompt_field="q", answer_field="a")
+    questions = [Prompt(id=f"s/{i}", text="?", answer=str(i), source="s") for i in range(8)]
+
+    def varies_for_even(completions, answers):
+        values = [float(i % 2 and int(a) % 2 == 0) for i, a in enumerate(answers)]
+        return values, {"right": values}
+
+    def collect(**changes):
+        collector = Collector(
+            config=CollectConfig(num_prompts=4, **changes),
+            sampling=Sampling(max_tokens=1, num_samples=2),
+            prompts=PromptStream(PromptConfig(sources={"s": source}), {"s": questions}, print),
+            encode=lambda text: [1],
+            generate=lambda params, prompts, *_, **__: [[completion] * 2 for _ in prompts],
+            reward=varies_for_even,
+            solved_by="right",
+            key=jax.random.key(0),
+        )
+        return collector.collect(Rollout(1), None)
+
+    kept = collect()
+    assert len(kept.groups) == 4 and kept.gen_batches > 1
+    assert all(int(group.prompt.answer) % 2 == 0 for group in kept.groups)
+    assert len(collect(max_gen_batches=1).groups) < 4
+    assert collect(filter_zero_std=False).gen_batches == 1
 
 
 def test_fault_08_padding_does_not_change_the_loss():
@@ -148,6 +242,22 @@ def test_fault_10_the_loss_holds_no_logits():
     assert temp(many) - temp(few) < 8 * (many - few) * D * 4
 
 
+def test_fault_11_rollouts_sample_the_distribution_that_is_trained():
+    """No filter can be asked for, and the trainer's temperature is the sampler's."""
+    config = launch.load_config("rl")
+    launch.override(config, "rollout.temperature", "0.8")
+    config.init["from"] = "random"
+    (stage,) = pipeline_recipe.stages_of(config)
+    assert stage.sampling == Sampling(
+        max_tokens=stage.sampling.max_tokens, num_samples=stage.sampling.num_samples,
+        temperature=0.8,
+    )  # fmt: skip
+    assert stage.algorithm.policy.temperature == 0.8
+    for name in ("top_k", "top_p", "min_p"):
+        with pytest.raises(ValueError, match=f"rollout has no '{name}'"):
+            launch.override(config, f"rollout.{name}", "0.5")
+
+
 @pytest.mark.parametrize("packing", ["first_fit", "concat"])
 def test_fault_12_the_data_iterator_is_in_every_checkpoint(tmp_path, packing):
     """The next batch after a restore is bit-equal to the one that was not read. In a whole run:
@@ -175,6 +285,23 @@ def test_fault_12_the_data_iterator_is_in_every_checkpoint(tmp_path, packing):
     assert_trees_equal(next(resumed), want)
     first.close()
     resumed.close()
+
+
+def test_fault_14_an_unparsable_gold_answer_is_refused():
+    reward = mix.build({"right": mix.RewardConfig("math")}, chat.split_reasoning)
+    prompt = lambda answer: Prompt(id="s/7", text="?", answer=answer, source="s")
+    reward.check([prompt("42")])
+    with pytest.raises(ValueError, match=r"^s/7: rewards\.right: gold answer is 'none'"):
+        reward.check([prompt("none")])
+
+
+def test_fault_15_a_kl_in_the_loss_is_never_negative():
+    with pytest.raises(ValueError, match=r"train\.policy\.kl is 'k1'"):
+        PolicyGradient(kl="k1", beta=0.1)
+    logp, ref = -jax.random.exponential(jax.random.key(0), (2, 10_000))
+    for estimator in ("k2", "k3"):
+        assert (kl(logp, ref, estimator) >= 0).all()
+        assert (kl(logp, logp * (1 + 1e-6), estimator) >= 0).all()  # where rounding bites
 
 
 @pytest.mark.parametrize("name", sorted(chat.TEMPLATES))

@@ -16,6 +16,7 @@ class EvalSet:
     name: str  # its key in summary.json
     problems: tuple[accuracy.Problem, ...]
     sampling: types.Sampling
+    grade: accuracy.Grader
     ks: tuple[int, ...] = (4,)  # of avg@k and pass@k; the first also gives the breakdowns
 
 
@@ -24,7 +25,6 @@ def run(
     generate: accuracy.Generate,
     params: types.Params,
     key: jax.Array,
-    grade: accuracy.Grader,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """({set name: metrics}, samples of all sets, each with its `set`).
 
@@ -39,7 +39,7 @@ def run(
         if s.name in metrics:
             raise ValueError(f"two evaluation sets are named {s.name!r}; names must differ")
         set_key = jax.random.fold_in(key, zlib.crc32(s.name.encode()))
-        result = accuracy.evaluate(generate, params, s.problems, s.sampling, set_key, grade, s.ks)
+        result = accuracy.evaluate(generate, params, s.problems, s.sampling, set_key, s.grade, s.ks)
         metrics[s.name] = result.metrics
         samples += [{"set": s.name, **sample} for sample in result.samples]
     return metrics, samples

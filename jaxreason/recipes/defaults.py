@@ -189,6 +189,12 @@ def jsonl_eval(path: str, **changes) -> dict:
     return {**arithmetic_eval(), "kind": "jsonl", "path": path, **fields, **changes}
 
 
+def prompts_eval(source: dict, graded_by: dict, **changes) -> dict:
+    """An entry of `eval.sets`: an entry of `prompts()`, graded by one of `reward()`."""
+    fields = {"kind": "prompts", "prompts": source, "reward": graded_by, "limit": 200}
+    return {**arithmetic_eval(), **fields, **changes}
+
+
 def text_eval(path: str, **changes) -> dict:
     """An entry of `eval.sets`: bits per byte of held-out text."""
     return {

@@ -10,18 +10,19 @@ from ml_collections import ConfigDict
 from jaxreason.data import sources
 from jaxreason.data.arithmetic import open_arithmetic
 from jaxreason.data.pipeline import DataConfig, evaluation_batches
+from jaxreason.data.prompts import PromptSource, open_prompts
 from jaxreason.evals import perplexity, suite
-from jaxreason.evals.accuracy import Problem
+from jaxreason.evals.accuracy import Grader, Problem
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.recipes import assemble
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_lines, write_whole
-from jaxreason.rewards import math
+from jaxreason.rewards import math, mix
 from jaxreason.rollout.engine import EngineConfig
 from jaxreason.rollout.generate import build_generate
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
-from jaxreason.types import Batch, Params, Sampling
+from jaxreason.types import Batch, Completion, Params, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Evaluation:
 
     def run(self, stage: str, params: Params, key: jax.Array) -> dict[str, dict]:
         """All sets on these parameters; the samples replace the stage's lines of samples.jsonl."""
-        metrics, samples = suite.run(self.sampled, self.generate, params, key, grade)
+        metrics, samples = suite.run(self.sampled, self.generate, params, key)
         for name, score in self.texts.items():
             metrics[name] = score(params)
         self._keep_samples(stage, samples)
@@ -43,7 +44,7 @@ class Evaluation:
 
     def sampled_metrics(self, params: Params, key: jax.Array) -> dict[str, float]:
         """The sampled sets' numbers, named as in metrics.jsonl; no sample is kept."""
-        metrics, _ = suite.run(self.sampled, self.generate, params, key, grade)
+        metrics, _ = suite.run(self.sampled, self.generate, params, key)
         return {
             f"eval/{name}/{metric}": value
             for name, found in metrics.items()
@@ -78,13 +79,17 @@ def build(
     for name, spec in config.eval.sets.items():
         if spec.kind == "text":
             texts[name] = _text_set(name, spec, workdir, tokenizer, model)
-        elif spec.kind in ("arithmetic", "jsonl"):
-            problems = _problems(name, spec, workdir)
+        elif spec.kind in ("arithmetic", "jsonl", "prompts"):
+            if spec.kind == "prompts":
+                problems, grader = _prompt_problems(name, spec, workdir)
+            else:
+                problems, grader = _problems(name, spec, workdir), grade
             ks = tuple(k for k in (1, 4) if k <= spec.num_samples)[-1:]
-            sampled.append(suite.EvalSet(name, problems, _sampling(spec), ks))
+            sampled.append(suite.EvalSet(name, problems, _sampling(spec), grader, ks))
         else:
             raise ValueError(
-                f"eval.sets.{name}.kind is {spec.kind!r}; it must be arithmetic, jsonl or text"
+                f"eval.sets.{name}.kind is {spec.kind!r}; it must be arithmetic, jsonl, prompts "
+                "or text"
             )
     generate = generator(config, tokenizer, model, config.eval.rows)
     return Evaluation(tuple(sampled), texts, generate, workdir.samples)
@@ -143,6 +148,26 @@ def _problems(name: str, spec: ConfigDict, workdir: Workdir) -> tuple[Problem, .
             f"eval.sets.{name}: record {unreadable[0]} has no answer in field {spec.answer_field!r}"
         )
     return tuple(problems)
+
+
+def _prompt_problems(
+    name: str, spec: ConfigDict, workdir: Workdir
+) -> tuple[tuple[Problem, ...], Grader]:
+    """Prompts as reinforcement learning has them, right where their reward is its highest, 1."""
+    source = PromptSource(**{**spec.prompts.to_dict(), "name": name})
+    reward = mix.build(
+        {name: assemble.from_section(mix.RewardConfig, spec.reward)}, chat.split_reasoning
+    )
+    prompts = open_prompts(source, workdir.data)
+    chosen = [prompts[i] for i in range(min(spec.limit or len(prompts), len(prompts)))]
+    reward.check(chosen)
+
+    def grade_by_reward(text: str, answer: str) -> math.Grade:
+        completion = Completion(text=text, ids=(), logprobs=(), truncated=False)
+        (value,), _ = reward([completion], [answer])
+        return math.Grade(chat.split_reasoning(text)[1].strip() or None, value >= 1)
+
+    return tuple(Problem(p.text, p.answer) for p in chosen), grade_by_reward
 
 
 def _text_set(

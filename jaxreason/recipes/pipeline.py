@@ -138,15 +138,18 @@ def _add_gains(run: Run, stage: Stage, evals: dict) -> None:
 
 def _scaling_once(run: Run, stage: scaling.ScalingStage) -> list[dict]:
     """The stage's records, from its marker where the same was asked before."""
-    asked = {"section": stage.section.to_dict(), "sets": run.config.eval.sets.to_dict()}
+    source = run.workdir.marker(stage.start.stage) or {}
+    asked = {
+        "section": stage.section.to_dict(),
+        "sets": run.config.eval.sets.to_dict(),
+        "steps": source.get("steps"),
+    }
     marker = run.workdir.marker(stage.name)
     if marker is None or marker["asked"] != _jsonable(asked):
         run.progress.say(f"{stage.name}: test-time scaling of {stage.start.text}")
         key = assemble.stage_key(run.config.seed, stage.name)
         params = stage.start.load(run.model, run.workdir.checkpoints)
-        records = scaling.run(
-            stage, run.evaluation, evaluation.grade, run.tokenizer, params, key, run.progress
-        )
+        records = scaling.run(stage, run.evaluation, run.tokenizer, params, key, run.progress)
         marker = {"asked": _jsonable(asked), "records": records}
         run.workdir.mark(stage.name, marker)
     return marker["records"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict, config_dict
 
-from jaxreason.evals.accuracy import Grader, bootstrap_interval
+from jaxreason.evals.accuracy import bootstrap_interval
 from jaxreason.reasoning import scaling
 from jaxreason.recipes import checkpoints
 from jaxreason.recipes.evaluation import Evaluation
@@ -101,7 +101,6 @@ def _check_numbers(key: str, values: tuple, least: int) -> None:
 def run(
     stage: ScalingStage,
     evaluation: Evaluation,
-    grade: Grader,
     tokenizer: Tokenizer,
     params: Params,
     key: jax.Array,
@@ -118,7 +117,7 @@ def run(
         prompts=[problem.prompt for problem in problems],
         answers=[problem.answer for problem in problems],
         generate=lambda prompts, sampling: evaluation.generate(params, prompts, sampling, key),
-        grade=grade,
+        grade=asked.grade,
         interval=bootstrap_interval,
         thinking_tokens=thinking_counter(tokenizer.decode),
     )

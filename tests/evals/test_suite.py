@@ -9,7 +9,7 @@ from jaxreason.evals import accuracy, suite
 
 def make(name, count=3):
     problems = tuple(accuracy.Problem(f"{name}{i}", "1") for i in range(count))
-    return suite.EvalSet(name, problems, types.Sampling(max_tokens=4, num_samples=4))
+    return suite.EvalSet(name, problems, types.Sampling(max_tokens=4, num_samples=4), grade)
 
 
 def generate(params, prompts, sampling, key):
@@ -22,7 +22,7 @@ def grade(text, answer):
 
 
 def run(*sets):
-    return suite.run(sets, generate, {}, jax.random.key(3), grade)
+    return suite.run(sets, generate, {}, jax.random.key(3))
 
 
 def test_a_set_draws_the_same_whatever_stands_beside_it():

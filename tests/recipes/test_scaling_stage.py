@@ -79,12 +79,12 @@ def test_a_stage_makes_one_record_a_point_and_draws_each_set_of_samples_once():
         return [[completion("<think>7</think>7")] * sampling.num_samples for _ in prompts]
 
     problems = tuple(Problem(f"{i}+{i}", str(2 * i)) for i in range(3, 7))
-    sampled = EvalSet("arithmetic", problems, Sampling(max_tokens=64))
+    grade = lambda text, answer: (text[-1], text[-1] == answer)
+    sampled = EvalSet("arithmetic", problems, Sampling(max_tokens=64), grade)
     evaluation = Evaluation((sampled,), {}, generate, None)
     shown = io.StringIO()
     progress = Progress(rich.console.Console(file=shown, highlight=False))
-    grade = lambda text, answer: (text[-1], text[-1] == answer)
-    records = scaling.run(stage, evaluation, grade, BYTES, "params", "key", progress)
+    records = scaling.run(stage, evaluation, BYTES, "params", "key", progress)
 
     budgets = [ThinkingBudget(max_tokens=b, wording=w) for w in ("s1", "qwen3") for b in (0, 16)]
     waits = [ThinkingBudget(waits=n) for n in (0, 1)]
