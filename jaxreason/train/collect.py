@@ -38,6 +38,7 @@ class Rollout:
     groups: list[Group] = dataclasses.field(default_factory=list)
     gen_batches: int = 0
     generated: int = 0  # groups, with those that were dropped
+    earned: float = 0.0  # the sum of their mean rewards
     prompts: dict[str, float] = dataclasses.field(default_factory=dict)  # the stream's stats after
     began: float = 0.0  # seconds of time.perf_counter
     ended: float = 0.0
@@ -48,14 +49,15 @@ class Rollout:
             "groups": [group.to_json() for group in self.groups],
             "gen_batches": self.gen_batches,
             "generated": self.generated,
+            "earned": self.earned,
             "prompts": self.prompts,
         }
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Rollout":
         groups = [Group.from_json(group) for group in content["groups"]]
-        counts = (content["gen_batches"], content["generated"], content["prompts"])
-        return cls(content["step"], groups, *counts)
+        names = ("step", "gen_batches", "generated", "earned", "prompts")
+        return cls(groups=groups, **{name: content[name] for name in names})
 
 
 class Interrupted(Exception):
@@ -107,6 +109,7 @@ class Collector:
                 raise
             rollout.gen_batches += 1
             rollout.generated += len(drawn)
+            rollout.earned += sum(sum(g.rewards) / len(g.rewards) for g in drawn)
             kept = [g for g in drawn if g.varied] if self.config.filter_zero_std else drawn
             rollout.groups = (rollout.groups + kept)[: self.config.num_prompts]
             rollout.prompts = self.prompts.stats()

@@ -355,6 +355,7 @@ def _rollout_values(rollout: Rollout) -> dict[str, float]:
     return values | {
         "rollout/gen_batches": rollout.gen_batches,
         "rollout/generated_groups": rollout.generated,
+        "rollout/generated_reward": rollout.earned / rollout.generated,  # before any is dropped
         **{f"prompts/{name}": value for name, value in rollout.prompts.items()},
     }
 
