@@ -24,7 +24,7 @@ Result on 2 cores: avg@4 0.79 for sft_cot, 0.32 for sft_answer, in 5 min 18 s (d
 
 from ml_collections import ConfigDict
 
-from jaxreason.recipes import defaults
+from jaxreason.recipes import defaults, scaling
 
 PROMPT = "{expression}="
 
@@ -51,7 +51,15 @@ def get_config(arg: str = "") -> ConfigDict:
         "pretrain": _stage("text", "random", steps=60 if smoke else 120, rows=48, examples=512),
         "sft_answer": _stage("answer", "@pretrain", steps=steps, rows=16, examples=128),
         "sft_cot": _stage("long_cot", "@pretrain", steps=steps, rows=48, examples=128),
+        "rl": _rl(smoke),
+        "scaling": scaling.default_section(
+            votes=(1, 2, 4, 8) if smoke else (1, 2, 4, 8, 16),
+            budgets=(16, 32) if smoke else (8, 16, 24, 32, 48, 64),
+            waits=(0, 1) if smoke else (0, 1, 2),
+            num_samples=1 if smoke else 4,
+        ),
     }
+    c.stages["scaling"]["init"]["from"] = "@rl"
     c.run.save_every = 20 if smoke else 200
     c.log.every = 5 if smoke else 20
     c.eval.rows = 240 if smoke else 640
@@ -86,4 +94,28 @@ def _stage(rendering: str, start: str, steps: int, rows: int, examples: int) -> 
     stage["train"]["optimizer"].update(
         name="muon", learning_rate=6e-3, weight_decay=0.05, warmup_steps=min(50, steps // 4)
     )
+    return stage
+
+
+def _rl(smoke: bool) -> dict:
+    stage = defaults.rl_config()
+    stage["init"]["from"] = "@sft_cot"
+    stage["data"]["sources"] = {
+        "arithmetic": defaults.prompts(
+            name="arithmetic",
+            kind="arithmetic",
+            path="arithmetic",
+            split="train",
+            prompt_template=PROMPT,
+        )
+    }
+    stage["rollout"].update(num_prompts=64, num_generations=8, max_tokens=128, slots=512)
+    stage["train"].update(steps=60, algorithm="dapo", updates=4, length=160, rows_multiple=16)
+    stage["train"]["optimizer"].update(learning_rate=5e-5, warmup_steps=16)
+    if smoke:
+        stage["rollout"].update(
+            num_prompts=4, num_generations=4, max_tokens=48, filter_zero_std=False
+        )
+        stage["train"].update(steps=4, updates=2)
+        stage["train"]["optimizer"].update(warmup_steps=2)
     return stage
