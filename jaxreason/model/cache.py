@@ -1,4 +1,4 @@
-"""Keys and values that were computed before: of slots that decode, and of the prompts they share."""
+"""Keys and values computed before: of slots that decode, and of the prompts that they share."""
 
 import jax
 import jax.numpy as jnp

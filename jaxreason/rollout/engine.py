@@ -15,7 +15,6 @@ what fills up a batch points at it.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -24,8 +23,10 @@ import jax.numpy as jnp
 from jaxreason.model import cache as cache_lib
 from jaxreason.model.cache import Cache
 from jaxreason.model.decoder import DecodeWeights, LanguageModel
-from jaxreason.rollout import sample
+from jaxreason.rollout import budget, sample
+from jaxreason.rollout.budget import Budget
 from jaxreason.rollout.sample import Features, RowSampling
+from jaxreason.text.chat import ThinkingIds
 from jaxreason.types import pytree_dataclass
 
 
@@ -64,7 +65,8 @@ class Rows:
     min_tokens_B: jax.Array  # int32, no stop before so many
     max_tokens_B: jax.Array  # int32
     stop_BX: jax.Array  # int32, ids that end the completion; -1 fills up
-    seen_BV: jax.Array | None = None  # bool; only where a request has a repetition penalty
+    seen_BV: jax.Array | None = None  # bool; None where no request has a repetition penalty
+    budget: Budget | None = None  # None where no request has a thinking budget
 
 
 @pytree_dataclass()
@@ -77,11 +79,13 @@ class State:
 
 
 class Emitted(NamedTuple):
-    """What a step drew: row i of the group has `count_B[i]` new tokens."""
+    """What a step drew: column t of row i counts where t < draws_B[i]."""
 
     tokens_BT: jax.Array
     logprobs_BT: jax.Array
-    count_B: jax.Array
+    forced_BT: jax.Array  # bool, put there by the thinking budget
+    removed_BT: jax.Array  # int32, ids to take back before this one
+    draws_B: jax.Array
     done_B: jax.Array
 
 
@@ -95,8 +99,10 @@ class Reads(NamedTuple):
 class Engine:
     """The device's side: jitted functions of one model, each compiled once per static argument."""
 
-    def __init__(self, model: LanguageModel, config: EngineConfig):
-        self.model, self.config = model, config
+    def __init__(
+        self, model: LanguageModel, config: EngineConfig, thinking: ThinkingIds | None = None
+    ):
+        self.model, self.config, self.thinking = model, config, thinking
         self.weights = jax.jit(model.decode_weights)
         self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnames="read")
         self.insert = jax.jit(self._insert, donate_argnums=0)
@@ -152,53 +158,55 @@ class Engine:
         rows = jax.tree.map(lambda x: x[slots_B], state.rows)
         own = cache_lib.take_rows(state.slots, slots_B, reads.own)
         prefix = cache_lib.take_rows(state.pool, rows.prefix_B[:: slots_PW.shape[1]], reads.prefix)
-        start_B = own.lengths_B
-        next_token = functools.partial(self._next_token, weights, prefix, features)
 
         def body(carry):
-            t, rows, own, tokens_BT, logprobs_BT = carry
-            rows, own, logprob_B = next_token(rows, own)
-            tokens_BT = tokens_BT.at[:, t].set(rows.token_B)
-            logprobs_BT = logprobs_BT.at[:, t].set(logprob_B)
-            return t + 1, rows, own, tokens_BT, logprobs_BT
+            t, rows, own, columns = carry
+            logits_BV, after = self.model.decode(weights, rows.token_B, own, prefix)
+            new, column = self._next(logits_BV, rows, features)
+            removed_B = column[-1]
+            # A row that is done stays where it is; its slot is overwritten by what comes next.
+            length_B = jnp.where(rows.done_B, own.lengths_B, after.lengths_B - removed_B)
+            columns = [x_BT.at[:, t].set(x_B) for x_BT, x_B in zip(columns, column, strict=True)]
+            return t + 1, new, dataclasses.replace(after, lengths_B=length_B), columns
 
-        shape = (slots_B.shape[0], steps)
-        start = (jnp.int32(0), rows, own, jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
         more = lambda carry: (carry[0] < steps) & ~carry[1].done_B.all()
-        _, new, own, tokens_BT, logprobs_BT = jax.lax.while_loop(more, body, start)
-        emitted = Emitted(tokens_BT, logprobs_BT, new.count_B - rows.count_B, new.done_B)
-        put = lambda old, new: old.at[slots_B].set(new)
-        slots = cache_lib.put_rows(state.slots, slots_B, own, start_B, steps)
-        return dataclasses.replace(
-            state, slots=slots, rows=jax.tree.map(put, state.rows, new)
-        ), emitted
-
-    def _next_token(self, weights, prefix: Cache, features: Features, rows: Rows, own: Cache):
-        """(rows, own, logprob_B) after one more token of every row that is not done."""
-        logits_BV, after = self.model.decode(weights, rows.token_B, own, prefix)
-        own = dataclasses.replace(
-            after, lengths_B=jnp.where(rows.done_B, own.lengths_B, after.lengths_B)
+        shape, dtypes = (len(slots_B), steps), (jnp.int32, jnp.float32, bool, jnp.int32)
+        start = (jnp.int32(0), rows, own, [jnp.zeros(shape, dtype) for dtype in dtypes])
+        _, new, after, columns = jax.lax.while_loop(more, body, start)
+        emitted = Emitted(*columns, new.draws_B - rows.draws_B, new.done_B)
+        back = len(self.thinking.close) - 1 if features.thinking else 0
+        first_B = jnp.maximum(own.lengths_B - back, 0)
+        slots = cache_lib.put_rows(
+            state.slots, slots_B, after, first_B, min(steps + back, reads.own)
         )
-        early_B = rows.count_B < rows.min_tokens_B
-        banned_BV = None
+        put = lambda old, new: old.at[slots_B].set(new)
+        rows = jax.tree.map(put, state.rows, new)
+        return dataclasses.replace(state, slots=slots, rows=rows), emitted
+
+    def _next(self, logits_BV: jax.Array, rows: Rows, features: Features):
+        """(rows with one more token each, (token_B, logprob_B, forced_B, removed_B))."""
+        live_B, banned_BV, control = ~rows.done_B, None, rows.budget
         if features.min_tokens:
-            ids_V = jnp.arange(logits_BV.shape[1])
-            stops_BV = (rows.stop_BX[:, :, None] == ids_V).any(1)
-            banned_BV = early_B[:, None] & stops_BV
+            stops_BV = (rows.stop_BX[:, :, None] == jnp.arange(logits_BV.shape[1])).any(1)
+            banned_BV = stops_BV & (rows.count_B < rows.min_tokens_B)[:, None]
         keys_B = jax.vmap(jax.random.fold_in)(rows.key_B, rows.draws_B)
         token_B = sample.draw(logits_BV, keys_B, rows.sampling, features, rows.seen_BV, banned_BV)
+        forced_B, removed_B = jnp.zeros_like(live_B), jnp.zeros_like(token_B)
+        if features.thinking:
+            token_B, forced_B, removed_B, control = budget.control(control, token_B, self.thinking)
         logprob_B = sample.logprobs(logits_BV, token_B, rows.sampling, features)
-        count_B = rows.count_B + ~rows.done_B
-        stopped_B = (rows.stop_BX == token_B[:, None]).any(1)
+        count_B = rows.count_B + live_B - jnp.where(live_B, removed_B, 0)
+        stopped_B = (rows.stop_BX == token_B[:, None]).any(1) & ~forced_B
         seen_BV = rows.seen_BV
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
         rows = dataclasses.replace(
             rows,
             token_B=token_B,
-            draws_B=rows.draws_B + 1,
+            draws_B=rows.draws_B + live_B,
             count_B=count_B,
             done_B=rows.done_B | stopped_B | (count_B >= rows.max_tokens_B),
             seen_BV=seen_BV,
+            budget=control,
         )
-        return rows, own, logprob_B
+        return rows, (token_B, logprob_B, forced_B, removed_B)

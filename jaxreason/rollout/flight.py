@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason.rollout.engine import Engine, Reads, Rows
+from jaxreason.rollout import budget
+from jaxreason.rollout.budget import Budget
+from jaxreason.rollout.engine import Emitted, Engine, Reads, Rows
 from jaxreason.rollout.sample import Features, RowSampling
 from jaxreason.types import Sampling
 
@@ -48,8 +50,26 @@ class Request:
     slot: int | None = None
     ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    forced: list[bool] = dataclasses.field(default_factory=list)
     ended: bool = False
     text: str | None = None  # known where a stop text ended it
+    searched: int = 0  # ids that were searched for a stop text
+    sent: int = 0  # ids that were passed to on_tokens
+
+    def extend(self, emitted: Emitted, row: int) -> None:
+        """Takes in what a step drew in this row."""
+        n = int(emitted.draws_B[row])
+        columns = [x[row, :n].tolist() for x in emitted[:4]]
+        lists = (self.ids, self.logprobs, self.forced)
+        if not any(columns[3]):
+            for mine, new in zip(lists, columns):
+                mine += new
+        else:
+            for *new, removed in zip(*columns):
+                for mine, value in zip(lists, new, strict=True):
+                    del mine[len(mine) - removed :]
+                    mine.append(value)
+        self.ended = bool(emitted.done_B[row])
 
 
 class Flight:
@@ -74,6 +94,7 @@ class Flight:
         entries = min(slots, _power(len(prompts)))
         self.free_slots, self.free_entries = list(range(slots)), list(range(entries))
         self.group = self.engine.group_size(slots)
+        self.widths = [4**i for i in range(6) if 4**i <= self.group]
         slot_size = _size(max(r.sampling.max_tokens for r in requests))
         prompt_size = max(map(self._room, prompts))
         self.slot_size, self.prompt_size = slot_size, prompt_size
@@ -171,8 +192,19 @@ class Flight:
             min_tokens_B=column(lambda r: r.sampling.min_tokens, 0, np.int32),
             max_tokens_B=column(lambda r: r.sampling.max_tokens, 1, np.int32),
             stop_BX=column(stops, [-1] * self.num_stops, np.int32),
-            seen_BV=None,
+            seen_BV=self._seen(requests, size) if self.features.repetition_penalty else None,
+            budget=self._budget(requests, size) if self.features.thinking else None,
         )
+
+    def _seen(self, requests: Sequence[Request], size: int) -> np.ndarray:
+        seen_BV = np.zeros((size, self.engine.model.config.vocab_size), bool)
+        for i, request in enumerate(requests):
+            seen_BV[i, request.prompt.ids] = True
+        return seen_BV
+
+    def _budget(self, requests: Sequence[Request], size: int) -> Budget:
+        budgets = [r.sampling.thinking for r in requests] + [None] * (size - len(requests))
+        return budget.start(budgets, self.engine.thinking)
 
     # -- decoding ----------------------------------------------------------------------------------
 
@@ -200,25 +232,18 @@ class Flight:
             own = lambda rs: sum(len(r.ids) for r in rs) / len(rs)
             return sum(n * (width * (_FIXED + own(rs)) + rs[0].prompt.length) for rs, n in runs)
 
-        widths = [1]
-        while 4 * widths[-1] <= self.group:
-            widths.append(4 * widths[-1])
-        return min(widths, key=cost)
+        return min(self.widths, key=cost)
 
-    def step(self, weights, runs: list[list[Request]]) -> Iterator[tuple[Request, list[int]]]:
-        """Decodes a group; (request, its new ids) for each."""
-        width = max(map(len, runs))
-        width = next(w for w in (1, 4, 16, 64, 256, 1024) if w >= width)
+    def step(self, weights, runs: list[list[Request]]) -> list[Request]:
+        """Decodes a group; its requests, with their new tokens."""
+        width = _level(max(map(len, runs)), self.widths[-1])
         slots_PW = np.full((_level(len(runs), self.group // width), width), self.spare_slot)
         for i, run in enumerate(runs):
             slots_PW[i, : len(run)] = [r.slot for r in run]
         requests = [r for run in runs for r in run]
-        need = max(
-            len(r.ids) + min(self.steps, r.sampling.max_tokens - len(r.ids)) for r in requests
-        )
         reads = Reads(
             prefix=min(_power(max(r.prompt.length for r in requests)), self.prompt_size),
-            own=min(max(_size(need), self.steps), self.slot_size),
+            own=min(max(_size(max(map(self._need, requests))), self.steps), self.slot_size),
         )
         self.state, emitted = self.engine.step(
             weights, self.state, slots_PW.astype(np.int32),
@@ -227,13 +252,12 @@ class Flight:
         emitted = self.engine.harvest(emitted)
         for i, run in enumerate(runs):
             for w, request in enumerate(run):
-                row = i * width + w
-                n = int(emitted.count_B[row])
-                new = emitted.tokens_BT[row, :n].tolist()
-                request.ids += new
-                request.logprobs += emitted.logprobs_BT[row, :n].tolist()
-                request.ended = bool(emitted.done_B[row])
-                yield request, new
+                request.extend(emitted, i * width + w)
+        return requests
+
+    def _need(self, request: Request) -> int:
+        """Positions of its own that it has written after the next step."""
+        return min(len(request.ids) + self.steps, request.sampling.max_tokens)
 
     def release(self, request: Request) -> None:
         """Frees the slot of a request that ended, and its prompt where it was the last."""

@@ -7,6 +7,7 @@ import jax
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.rollout.engine import Engine, EngineConfig
 from jaxreason.rollout.flight import Flight, Prompt, Request
+from jaxreason.text.chat import ThinkingIds
 from jaxreason.types import Completion, Params, Sampling
 
 Generate = Callable[..., list[list[Completion]]]
@@ -20,6 +21,7 @@ def build_generate(
     decode: Callable[[list[int]], str],
     eos_id: int,
     config: EngineConfig = EngineConfig(),
+    thinking: ThinkingIds | None = None,
 ) -> Generate:
     """`generate(params, prompts, sampling, key)` -> completions[prompt][sample].
 
@@ -30,8 +32,9 @@ def build_generate(
       encode: prompt text -> ids.
       decode: ids -> text.
       eos_id: ends a completion, and is kept as its last id.
+      thinking: how a reasoning ends, for requests with a thinking budget.
     """
-    engine = Engine(model, config)
+    engine = Engine(model, config, thinking)
 
     def generate(
         params: Params,
@@ -45,27 +48,61 @@ def build_generate(
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
             raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: one for each")
+        if thinking is None and any(s.thinking for s in samplings):
+            raise ValueError("sampling.thinking is set, but the generator knows no thinking ids")
         if not prompts:
             return []
         requests = _requests([encode(p) for p in prompts], samplings, config.share_prefix)
         found: dict[tuple[int, int], Completion] = {}
-        weights, tokens = engine.weights(params), 0
+        weights = engine.weights(params)
         flight = Flight(engine, requests, eos_id, key)
         while flight.unfinished:
             flight.refill(weights)
             for group in list(flight.groups()):
-                for request, new in flight.step(weights, group):
-                    tokens += len(new)
+                for request in flight.step(weights, group):
+                    finish_stop_text(request, decode)
                     if on_tokens is not None:
-                        on_tokens(*request.place, new)
+                        _stream(request, on_tokens, thinking)
                     if request.ended:
                         found[request.place] = _completion(request, decode, eos_id)
                         flight.release(request)
             if on_progress is not None:
-                on_progress(len(found), len(requests), tokens)
+                on_progress(len(found), len(requests), sum(len(r.ids) for r in requests))
         return [[found[p, r] for r in range(s.num_samples)] for p, s in enumerate(samplings)]
 
     return generate
+
+
+def _stream(request: Request, on_tokens: OnTokens, thinking: ThinkingIds | None) -> None:
+    """Passes on the ids that are final: a tag that begins may yet give way to "Wait"."""
+    held = 0
+    if request.sampling.thinking is not None and not request.ended:
+        held = len(thinking.close) - 1
+    final = max(request.sent, len(request.ids) - held)
+    if final > request.sent:
+        on_tokens(*request.place, request.ids[request.sent : final])
+        request.sent = final
+
+
+def finish_stop_text(request: Request, decode: Callable[[list[int]], str]) -> None:
+    """Ends a request at the first token after which a stop text is complete.
+
+    The text is cut before the stop; the ids keep the token that completed it.
+    """
+    stop = request.sampling.stop
+    if not stop:
+        return
+    whole = decode(request.ids)
+    first = request.searched if any(text in whole for text in stop) else len(request.ids)
+    request.searched = len(request.ids)
+    for n in range(max(first, request.sampling.min_tokens - 1), len(request.ids)):
+        text = decode(request.ids[: n + 1])
+        found = [text.find(end) for end in stop if end in text]
+        if found:
+            for values in (request.ids, request.logprobs, request.forced):
+                del values[n + 1 :]
+            request.text, request.ended = text[: min(found)], True
+            return
 
 
 def _requests(
@@ -85,11 +122,15 @@ def _requests(
 
 
 def _completion(request: Request, decode, eos_id: int) -> Completion:
-    ids, sampling = tuple(request.ids), request.sampling
-    stopped = ids[-1] in sampling.stop_ids or (ids[-1] == eos_id and not sampling.ignore_eos)
+    ids, sampling, text = tuple(request.ids), request.sampling, request.text
+    last = [] if sampling.ignore_eos else [eos_id]
+    stopped = ids[-1] in (*last, *sampling.stop_ids) and not request.forced[-1]
+    if text is None:
+        text = decode(list(ids[:-1] if stopped else ids))
     return Completion(
-        text=decode(list(ids[:-1] if stopped else ids)),
+        text=text,
         ids=ids,
         logprobs=tuple(request.logprobs),
-        truncated=not stopped,
+        truncated=not stopped and request.text is None,
+        forced=tuple(request.forced) if any(request.forced) else (),
     )

@@ -28,6 +28,15 @@ DEFAULT_TAGS = ThinkTags()
 
 
 @dataclasses.dataclass(frozen=True)
+class ThinkingIds:
+    """What a sampler writes and looks for to control a reasoning (types.ThinkingBudget)."""
+
+    close: tuple[int, ...]  # the closing tag
+    ends: dict[str, tuple[int, ...]]  # wording -> what ends a reasoning by force, the tag included
+    wait: tuple[int, ...]  # what stands where an end is not yet wanted
+
+
+@dataclasses.dataclass(frozen=True)
 class Message:
     """One turn. `reasoning` belongs to an assistant's turn; None where there is none."""
 
@@ -159,6 +168,28 @@ def split_reasoning(text: str, tags: ThinkTags = DEFAULT_TAGS) -> tuple[str | No
     if opened:
         return reasoning.strip("\n"), ""
     return None, text
+
+
+def thinking_ids(tokenizer: Tokenizer, tags: ThinkTags = DEFAULT_TAGS) -> ThinkingIds:
+    """The two wordings of a forced end, and "Wait" (arXiv 2501.19393, 2505.09388)."""
+
+    def ids(*parts: str) -> tuple[int, ...]:
+        return tuple(token for part in parts for token in tokenizer.encode(part))
+
+    return ThinkingIds(
+        close=ids(tags.close),
+        ends={
+            "s1": ids(tags.close, "\nFinal Answer:"),
+            "qwen3": ids(_QWEN3_STOP_PHRASE, tags.close, "\n\n"),
+        },
+        wait=ids("Wait"),
+    )
+
+
+_QWEN3_STOP_PHRASE = (
+    "Considering the limited time by the user, I have to give the solution based on the thinking "
+    "directly now.\n"
+)
 
 
 def _after_last(ids: Sequence[int], token: int) -> int | None:
