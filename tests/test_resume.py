@@ -12,22 +12,24 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch_env
 
-STAGES = ("pretrain", "sft_answer", "sft_cot")
+STAGES = ("pretrain", "sft_answer", "sft_cot", "rl")
+QUICKSTART = ("--config=quickstart:smoke",)
+# Sixteen short steps; the asynchronous ones see how far a step of learning moves the policy.
+RL = ("--config=rl:smoke", "--config.train.steps=16", "--config.run.save_every=3",
+      "--config.rollout.max_mult_prob_error=2.0")  # fmt: skip
+ASYNCHRONOUS = ("--config.rollout.asynchronous=true",
+                "--config.train.policy.correction=token_truncate",
+                "--config.train.policy.is_max=2.0")  # fmt: skip
 
 
-def command(workdir: pathlib.Path) -> list[str]:
-    launch = [sys.executable, "-m", "jaxreason.launch"]
-    return [*launch, "--config=quickstart:smoke", f"--workdir={workdir}"]
-
-
-def start(workdir: pathlib.Path) -> subprocess.Popen:
+def start(workdir: pathlib.Path, flags=QUICKSTART) -> subprocess.Popen:
+    command = [sys.executable, "-m", "jaxreason.launch", *flags, f"--workdir={workdir}"]
     quiet = subprocess.DEVNULL
-    env = launch_env()
-    return subprocess.Popen(command(workdir), cwd=ROOT, env=env, stdout=quiet, stderr=quiet)
+    return subprocess.Popen(command, cwd=ROOT, env=launch_env(), stdout=quiet, stderr=quiet)
 
 
-def finish(workdir: pathlib.Path) -> None:
-    assert start(workdir).wait() == 0
+def finish(workdir: pathlib.Path, flags=QUICKSTART) -> None:
+    assert start(workdir, flags).wait() == 0
 
 
 def saving(workdir: pathlib.Path) -> bool:
@@ -99,3 +101,60 @@ def test_sigterm_saves_and_exits_143(smoke_run, tmp_path):
     assert any((workdir / "checkpoints" / "pretrain").iterdir())
     finish(workdir)
     assert_same_run(workdir, smoke_run)
+
+
+# --- reinforcement learning -----------------------------------------------------------------------
+
+
+def assert_same_rl(workdir: pathlib.Path, whole: pathlib.Path) -> None:
+    """Parameters, samples and every logged number but the times."""
+    expected, found = weights(whole, "rl-smoke"), weights(workdir, "rl-smoke")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    timed = lambda name: name == "time" or name.startswith("perf/")
+    numbers = lambda folder: [
+        {name: value for name, value in line.items() if not timed(name)} for line in logged(folder)
+    ]
+    assert numbers(workdir) == numbers(whole)
+    assert (workdir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+@pytest.fixture(scope="module", params=[(), ASYNCHRONOUS], ids=["synchronous", "asynchronous"])
+def whole_rl(request, tmp_path_factory):
+    workdir, flags = tmp_path_factory.mktemp("rl") / "run", (*RL, *request.param)
+    finish(workdir, flags)
+    return workdir, flags
+
+
+@pytest.mark.slow
+def test_rl_killed_at_four_moments_ends_bit_equal(whole_rl, tmp_path):
+    """Moments all over a step: its rollout and its updates take about as long as each other.
+
+    tests/train/test_rl.py dies inside the one and the other on purpose.
+    """
+    whole, flags = whole_rl
+    workdir, rng = tmp_path / "run", random.Random(1)
+    for line in range(1, 16, 4):
+        pause = rng.uniform(0, 0.4)
+
+        def reached(line=line, pause=pause) -> bool:
+            if len(logged_lines(workdir)) < line:
+                return False
+            time.sleep(pause)
+            return True
+
+        assert kill_when(start(workdir, flags), reached) == -signal.SIGKILL
+    finish(workdir, flags)
+    assert_same_rl(workdir, whole)
+
+
+@pytest.mark.slow
+def test_rl_sigterm_saves_and_exits_143(whole_rl, tmp_path):
+    whole, flags = whole_rl
+    workdir = tmp_path / "run"
+    reached = lambda: len(logged_lines(workdir)) >= 4
+    assert kill_when(start(workdir, flags), reached, signal.SIGTERM) == 143
+    steps = [int(p.name) for p in (workdir / "checkpoints/rl-smoke").iterdir() if p.name.isdigit()]
+    assert max(steps) >= 4  # more than the save_every of 3 had saved
+    finish(workdir, flags)
+    assert_same_rl(workdir, whole)
