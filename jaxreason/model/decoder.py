@@ -326,15 +326,32 @@ class LanguageModel:
     # -- generation --------------------------------------------------------------------------------
 
     def decode_weights(self, params: Params) -> DecodeWeights:
+        """The weights as the decode loop multiplies them: cast, joined, gathered over fsdp.
+
+        What stays split is what the tensor axis splits.
+        """
         module = self._module(params)
         stacked = jax.vmap(lambda block: block.weights(self.dtype, self._fuse))(module.layers)
+        place = lambda x, *axes: rules.constrain(x, self.mesh, *axes)
+
+        def layer(w: LayerWeights) -> LayerWeights:
+            return LayerWeights(
+                attention_norm=place(w.attention_norm, "norm"),
+                qkv=tuple(place(x, "model", "heads", "head_dim") for x in w.qkv),
+                q_norm=place(w.q_norm, "norm"),
+                k_norm=place(w.k_norm, "norm"),
+                wo=place(w.wo, "heads", "head_dim", "model"),
+                mlp_norm=place(w.mlp_norm, "norm"),
+                gate_up=tuple(place(x, "model", "mlp") for x in w.gate_up),
+                w_down=place(w.w_down, "mlp", "model"),
+            )
+
+        layers = [jax.tree.map(lambda x: x[i], stacked) for i in range(self.config.num_layers)]
         return DecodeWeights(
-            embedding=params["embedding"].astype(self.dtype),
-            layers=tuple(
-                jax.tree.map(lambda x: x[i], stacked) for i in range(self.config.num_layers)
-            ),
-            final_norm=params["final_norm"],
-            head_VD=self.head_weight(params).astype(self.dtype),
+            embedding=place(params["embedding"].astype(self.dtype), "norm", "model"),
+            layers=tuple(map(layer, layers)),
+            final_norm=place(params["final_norm"], "norm"),
+            head_VD=place(self.head_weight(params).astype(self.dtype), "vocab", "model"),
         )
 
     def prefill(self, weights: DecodeWeights, tokens_BT, sizes_B, cache: Cache) -> Cache:

@@ -15,14 +15,18 @@ what fills up a batch points at it.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxreason.model import cache as cache_lib
 from jaxreason.model.cache import Cache
 from jaxreason.model.decoder import DecodeWeights, LanguageModel
+from jaxreason.parallel import rules
 from jaxreason.rollout import budget, sample
 from jaxreason.rollout.budget import Budget
 from jaxreason.rollout.sample import Features, RowSampling
@@ -69,8 +73,7 @@ class Rows:
     budget: Budget | None = None  # None where no request has a thinking budget
 
 
-@pytree_dataclass()
-class State:
+class State(NamedTuple):
     """All that the engine's calls read and write; donated to each."""
 
     pool: Cache  # prompts without their last token
@@ -103,57 +106,73 @@ class Engine:
         self, model: LanguageModel, config: EngineConfig, thinking: ThinkingIds | None = None
     ):
         self.model, self.config, self.thinking = model, config, thinking
+        self.mesh = None if model.mesh is None or model.mesh.size == 1 else model.mesh
+        self.lanes = 1 if self.mesh is None else rules.axis_size(self.mesh, "batch")
+        self.group = config.group or (16 if jax.default_backend() == "cpu" else config.slots)
         self.weights = jax.jit(model.decode_weights)
+        self.init = jax.jit(self._init, static_argnames=("slots", "prompts"))
         self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnames="read")
         self.insert = jax.jit(self._insert, donate_argnums=0)
         self.step = jax.jit(
             self._step, donate_argnums=1, static_argnames=("features", "reads", "steps")
         )
 
-    def init(self, slots: int, slot_size: int, prompts: int, prompt_size: int, rows: Rows) -> State:
-        """An empty state of `slots` + 1 slots and `prompts` + 1 pool entries.
-
-        Args:
-          rows: those of the unused slots, as for `insert`, done.
-        """
-        c, dtype = self.model.config, self.model.dtype
-        return State(
-            pool=cache_lib.empty(c, prompts + 1, prompt_size, dtype),
-            slots=cache_lib.empty(c, slots + 1, slot_size, dtype),
-            rows=rows,
-        )
-
-    def group_size(self, slots: int) -> int:
-        """How many of so many slots decode together at most."""
-        return min(slots, self.config.group or (16 if jax.default_backend() == "cpu" else slots))
-
     @staticmethod
     def harvest(emitted: Emitted) -> Emitted:
         """The same on the host; waits for the step."""
         return jax.device_get(emitted)
 
+    def _init(self, unused: Rows, *, slots: tuple[int, int], prompts: tuple[int, int]) -> State:
+        """An empty state.
+
+        Args:
+          unused: rows of one lane's slots and its spare, all done.
+          slots: their number a lane, and their positions.
+          prompts: of the pool, likewise.
+        """
+        c, dtype = self.model.config, self.model.dtype
+        caches = [
+            cache_lib.empty(c, self.lanes * (number + 1), size, dtype)
+            for number, size in (prompts, slots)
+        ]
+        rows = jax.tree.map(lambda x: jnp.concatenate([x] * self.lanes), unused)
+        return self._pin(State(*caches, rows))
+
     def _prefill(
         self, weights: DecodeWeights, state: State, entries_I, tokens_IT, starts_I, sizes_I, *, read
     ) -> State:
         """Tokens [starts, starts + sizes) of prompts into pool entries that hold those before."""
-        part = cache_lib.take_rows(state.pool, entries_I, read)
-        part = dataclasses.replace(part, lengths_B=starts_I)
-        part = self.model.prefill(weights, tokens_IT, sizes_I, part)
-        T = tokens_IT.shape[1]
-        pool = cache_lib.put_rows(state.pool, entries_I, part, starts_I, T)
-        return dataclasses.replace(state, pool=pool)
+
+        def lane(weights, state: State, entries_I, tokens_IT, starts_I, sizes_I) -> State:
+            part = cache_lib.take_rows(state.pool, entries_I, read)
+            part = dataclasses.replace(part, lengths_B=starts_I)
+            part = self.model.prefill(weights, tokens_IT, sizes_I, part)
+            pool = cache_lib.put_rows(state.pool, entries_I, part, starts_I, tokens_IT.shape[1])
+            return state._replace(pool=pool)
+
+        prompts = (entries_I, tokens_IT, starts_I, sizes_I)
+        return self._pin(self._over_lanes(lane, weights, state, *prompts))
 
     def _insert(self, state: State, slots_I, rows: Rows) -> State:
         """Requests into slots; a slot's old keys and values are forgotten."""
-        slots = dataclasses.replace(state.slots, lengths_B=state.slots.lengths_B.at[slots_I].set(0))
-        put = lambda old, new: old.at[slots_I].set(new)
-        return dataclasses.replace(state, slots=slots, rows=jax.tree.map(put, state.rows, rows))
+
+        def lane(state: State, slots_I, rows: Rows) -> State:
+            put = lambda old, new: old.at[slots_I].set(new)
+            empty = dataclasses.replace(state.slots, lengths_B=put(state.slots.lengths_B, 0))
+            return State(state.pool, empty, jax.tree.map(put, state.rows, rows))
+
+        return self._pin(self._over_lanes(lane, state, slots_I, rows))
 
     def _step(
         self, weights: DecodeWeights, state: State, slots_PW, *, features: Features, reads: Reads,
         steps: int,
     ) -> tuple[State, Emitted]:  # fmt: skip
         """Up to `steps` tokens for these slots; those of a row share the prompt of its first."""
+        lane = functools.partial(self._step_lane, features=features, reads=reads, steps=steps)
+        state, emitted = self._over_lanes(lane, weights, state, slots_PW)
+        return self._pin(state), self._whole(emitted)
+
+    def _step_lane(self, weights, state: State, slots_PW, *, features, reads: Reads, steps: int):
         slots_B = slots_PW.reshape(-1)
         rows = jax.tree.map(lambda x: x[slots_B], state.rows)
         own = cache_lib.take_rows(state.slots, slots_B, reads.own)
@@ -174,14 +193,37 @@ class Engine:
         start = (jnp.int32(0), rows, own, [jnp.zeros(shape, dtype) for dtype in dtypes])
         _, new, after, columns = jax.lax.while_loop(more, body, start)
         emitted = Emitted(*columns, new.draws_B - rows.draws_B, new.done_B)
+        # "Wait" in place of a closing tag of several ids takes back positions before these steps.
         back = len(self.thinking.close) - 1 if features.thinking else 0
-        first_B = jnp.maximum(own.lengths_B - back, 0)
-        slots = cache_lib.put_rows(
-            state.slots, slots_B, after, first_B, min(steps + back, reads.own)
-        )
+        first_B, count = jnp.maximum(own.lengths_B - back, 0), min(steps + back, reads.own)
+        slots = cache_lib.put_rows(state.slots, slots_B, after, first_B, count)
         put = lambda old, new: old.at[slots_B].set(new)
-        rows = jax.tree.map(put, state.rows, new)
-        return dataclasses.replace(state, slots=slots, rows=rows), emitted
+        return State(state.pool, slots, jax.tree.map(put, state.rows, new)), emitted
+
+    def _over_lanes(self, lane: Callable, *args):
+        """Runs `lane` for each part of the mesh on its rows; heads and features stay as they lie.
+
+        No lane waits for another: their loops may run for different numbers of steps.
+        """
+        if self.mesh is None:
+            return lane(*args)
+        rows = PartitionSpec(rules.BATCH_AXES)
+        specs = tuple(PartitionSpec() if isinstance(x, DecodeWeights) else rows for x in args)
+        return jax.shard_map(
+            lane, mesh=self.mesh, in_specs=specs, out_specs=rows,
+            axis_names=set(rules.BATCH_AXES), check_vma=False,
+        )(*args)  # fmt: skip
+
+    def _whole(self, emitted: Emitted) -> Emitted:
+        """On every device, so that every host can read it."""
+        whole = lambda x: rules.constrain(x, self.mesh, *["length"] * x.ndim)
+        return jax.tree.map(whole, emitted)
+
+    def _pin(self, state: State) -> State:
+        """Each array where it always is: else the next call would be compiled for another place."""
+        heads = lambda x: rules.constrain(x, self.mesh, "batch", "kv_heads", "length", "head_dim")
+        rest = lambda x: rules.constrain(x, self.mesh, "batch", *["length"] * (x.ndim - 1))
+        return jax.tree.map(lambda x: heads(x) if x.ndim == 4 else rest(x), state)
 
     def _next(self, logits_BV: jax.Array, rows: Rows, features: Features):
         """(rows with one more token each, (token_B, logprob_B, forced_B, removed_B))."""

@@ -6,26 +6,28 @@ of a draw on the number of draws before it.
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.rollout import budget
-from jaxreason.rollout.budget import Budget
 from jaxreason.rollout.engine import Emitted, Engine, Reads, Rows
 from jaxreason.rollout.sample import Features, RowSampling
 from jaxreason.types import Sampling
 
-_LEAST = 16  # positions: the smallest size that anything is compiled for
-_PREFILL_ROWS = 16  # prompts a device call, at most
-_FIXED = 128  # what a row costs beside attention, in positions read
+# Sizes are rounded up so that few programs are compiled, whatever arrives.
+_LEAST = 16  # positions of a prompt, slots, stop ids
+_LEAST_OWN = 64  # positions of a slot that a step reads; fewer take about as long
+_LEAST_ROWS = 4  # rows of a step; fewer take about as long
+_PREFILL_ROWS = 16  # prompts a prefill call, at most
+_FIXED = 128  # what a row of a step costs beside attention, in positions read
 
 
 @dataclasses.dataclass(eq=False)
 class Prompt:
-    """A prompt that is in the pool, or will be."""
+    """A prompt that is in a lane's part of the pool, or will be."""
 
     ids: list[int]
     waiting: int = 0  # requests that still need it
@@ -59,214 +61,266 @@ class Request:
     def extend(self, emitted: Emitted, row: int) -> None:
         """Takes in what a step drew in this row."""
         n = int(emitted.draws_B[row])
-        columns = [x[row, :n].tolist() for x in emitted[:4]]
+        *columns, removed = [x_BT[row, :n].tolist() for x_BT in emitted[:4]]
         lists = (self.ids, self.logprobs, self.forced)
-        if not any(columns[3]):
-            for mine, new in zip(lists, columns):
-                mine += new
-        else:
-            for *new, removed in zip(*columns):
+        if any(removed):
+            for back, *new in zip(removed, *columns, strict=True):
                 for mine, value in zip(lists, new, strict=True):
-                    del mine[len(mine) - removed :]
-                    mine.append(value)
+                    mine[len(mine) - back :] = [value]
+        else:
+            for mine, new in zip(lists, columns, strict=True):
+                mine += new
         self.ended = bool(emitted.done_B[row])
 
 
+class Lane:
+    """The slots and pool entries of one part of the mesh, and the requests that go through them."""
+
+    def __init__(self, requests: Iterable[Request], slots: int, entries: int):
+        self.queue = collections.deque(requests)
+        self.slots, self.entries = list(range(slots)), list(range(entries))  # free ones
+        self.arriving: list[Request] = []  # in a slot, their prompt not yet in the pool
+        self.live: list[Request] = []
+
+    def admit(self) -> None:
+        """Gives free slots to the queue, and pool entries to the prompts of these requests."""
+        while self.queue and self.slots:
+            request = self.queue.popleft()
+            request.slot = self.slots.pop()
+            if request.prompt.entry is None:
+                request.prompt.entry = self.entries.pop()
+            self.arriving.append(request)
+
+    def partial(self) -> list[Prompt]:
+        """The prompts that are waited for."""
+        return [p for p in unique(r.prompt for r in self.arriving) if not p.ready]
+
+    def pop_ready(self, most: int) -> list[Request]:
+        """At most so many requests whose prompt is in the pool; they are live from now on."""
+        ready = [r for r in self.arriving if r.prompt.ready][:most]
+        self.arriving = [r for r in self.arriving if r not in ready]
+        self.live += ready
+        return ready
+
+    def release(self, request: Request) -> None:
+        """Frees the slot of a request that ended, and its prompt where no other needs it."""
+        self.live.remove(request)
+        self.slots.append(request.slot)
+        request.prompt.waiting -= 1
+        if not request.prompt.waiting:
+            self.entries.append(request.prompt.entry)
+
+    def runs(self, width: int) -> list[list[Request]]:
+        """The live requests in runs of at most `width` of one prompt, the longest first."""
+        by_prompt = collections.defaultdict(list)
+        for request in sorted(self.live, key=lambda r: -len(r.ids)):
+            by_prompt[id(request.prompt)].append(request)
+        cut = lambda rs: [rs[i : i + width] for i in range(0, len(rs), width)]
+        runs = [run for requests in by_prompt.values() for run in cut(requests)]
+        return sorted(runs, key=lambda run: -len(run[0].ids))
+
+
 class Flight:
-    """A state of the engine and the requests that move through it.
+    """A state of the engine, and the lanes of requests that move through it.
 
     Args:
-      requests: in the order in which they get slots.
+      requests: in the order in which they get slots; those of a prompt are neighbours.
+      stop_ids: what ends a request's completion.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], eos_id: int, key: jax.Array):
-        self.engine, self.config, self.eos_id, self.key = engine, engine.config, eos_id, key
-        self.queue, self.unfinished = collections.deque(requests), len(requests)
-        self.arriving: list[Request] = []  # with a slot, waiting for their prompt
-        self.live: list[Request] = []
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        key: jax.Array,
+        stop_ids: Callable[[Sampling], tuple[int, ...]],
+    ):
+        self.engine, self.config, self.key, self.stop_ids = engine, engine.config, key, stop_ids
         self.features = Features.of(r.sampling for r in requests)
-        self.num_stops = _power(max(1 + len(r.sampling.stop_ids) for r in requests), least=4)
-        self._make_state({id(r.prompt): r.prompt for r in requests}.values())
+        self.num_stops = _power(max(len(stop_ids(r.sampling)) for r in requests))
+        parts = _share_out(requests, engine.lanes)
+        most = max(map(len, parts))
+        # Per lane. One more of each is the spare that fills up a batch.
+        self.spare_slot = slots = min(-(-self.config.slots // engine.lanes), _power(most))
+        prompts = [len(unique(r.prompt for r in part)) for part in parts]
+        self.spare_entry = entries = min(slots, _power(max(prompts)))
+        self.lanes = [Lane(part, slots, entries) for part in parts]
+        self.group = min(slots, engine.group)
+        self.widths = [4**i for i in range(8) if 4**i <= self.group]
+        self.slot_size = _size(max(r.sampling.max_tokens for r in requests))
+        self.prompt_size = max(self._room(r.prompt) for r in requests)
+        self.steps = min(self.config.steps, self.slot_size)
+        unused, sizes = self._rows([[]], slots + 1), (entries, self.prompt_size)
+        self.state = engine.init(unused, slots=(slots, self.slot_size), prompts=sizes)
 
-    def _make_state(self, prompts) -> None:
-        requests = self.queue
-        slots = min(self.config.slots, _power(len(requests)))
-        entries = min(slots, _power(len(prompts)))
-        self.free_slots, self.free_entries = list(range(slots)), list(range(entries))
-        self.group = self.engine.group_size(slots)
-        self.widths = [4**i for i in range(6) if 4**i <= self.group]
-        slot_size = _size(max(r.sampling.max_tokens for r in requests))
-        prompt_size = max(map(self._room, prompts))
-        self.slot_size, self.prompt_size = slot_size, prompt_size
-        self.steps = min(self.config.steps, slot_size)
-        self.spare_slot, self.spare_entry = slots, entries
-        unused = self._rows([], slots + 1)
-        self.state = self.engine.init(slots, slot_size, entries, prompt_size, unused)
+    @property
+    def unfinished(self) -> bool:
+        return any(lane.queue or lane.arriving or lane.live for lane in self.lanes)
 
     def _room(self, prompt: Prompt) -> int:
         """Positions of the pool that its prefill writes, padding included."""
         start = max(prompt.length - 1, 0) // self.config.prefill_chunk * self.config.prefill_chunk
-        return max(_size(prompt.length), start + _power(prompt.length - start))
+        return max(_size(prompt.length), start + self._chunk(prompt.length - start))
+
+    def _chunk(self, left: int) -> int:
+        """Positions of a prefill call for the next of so many tokens."""
+        return min(_power(left, 4), self.config.prefill_chunk)
 
     # -- from the queue into slots -----------------------------------------------------------------
 
     def refill(self, weights) -> None:
-        """Gives free slots to the queue, and the prompts that they need to the pool.
+        """Fills free slots from the queue.
 
         While many rows are in flight that is one prefill call: they do not wait for long prompts.
         """
-        while self.queue and self.free_slots:
-            request = self.queue.popleft()
-            request.slot = self.free_slots.pop()
-            if request.prompt.entry is None:
-                request.prompt.entry = self.free_entries.pop()
-            self.arriving.append(request)
-        while self.arriving:
-            prompts = {id(r.prompt): r.prompt for r in self.arriving}.values()
-            partial = [p for p in prompts if not p.ready]
-            if partial:
-                self._prefill(weights, partial)
-            ready = [r for r in self.arriving if r.prompt.ready]
-            if ready:
-                self._insert(ready)
-            if len(self.live) >= len(self.arriving):
+        for lane in self.lanes:
+            lane.admit()
+        while arriving := sum(len(lane.arriving) for lane in self.lanes):
+            self._prefill(weights)
+            while any(ready := [lane.pop_ready(self.group) for lane in self.lanes]):
+                slots = [self._fill([r.slot for r in part], self.group) for part in ready]
+                self.state = self.engine.insert(
+                    self.state, np.concatenate(slots), self._rows(ready, self.group)
+                )
+            if sum(len(lane.live) for lane in self.lanes) >= arriving:
                 break
 
-    def _prefill(self, weights, prompts: list[Prompt]) -> None:
-        """The next chunk of some prompts: those of like size to that of the first."""
+    def _fill(self, slots: list[int], size: int) -> np.ndarray:
+        return np.array(slots + [self.spare_slot] * (size - len(slots)), np.int32)
+
+    def _prefill(self, weights) -> None:
+        """The next chunk of some prompts, all of like size."""
+        waiting = [lane.partial() for lane in self.lanes]
+        if not any(waiting):
+            return
         chunk = self.config.prefill_chunk
-        size = lambda p: _power(min(p.length - p.filled, chunk))
-        T = size(prompts[0])
-        rows = min(_PREFILL_ROWS, max(1, 4 * chunk // T))
-        chosen = [p for p in prompts if size(p) == T][:rows]
-        rows = _level(len(chosen), rows)
-        tokens_IT = np.zeros((rows, T), np.int32)
-        entries_I = np.full(rows, self.spare_entry, np.int32)
+        size = lambda p: self._chunk(p.length - p.filled)
+        T = size(next(prompts[0] for prompts in waiting if prompts))
+        most = min(_PREFILL_ROWS, max(1, 4 * chunk // T))
+        chosen = [[p for p in prompts if size(p) == T][:most] for prompts in waiting]
+        most = 1 if max(map(len, chosen)) == 1 else most
+        rows = most * len(self.lanes)
+        entries_I, tokens_IT = (
+            np.full(rows, self.spare_entry, np.int32),
+            np.zeros((rows, T), np.int32),
+        )
         starts_I, sizes_I = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        for i, p in enumerate(chosen):
-            new = p.ids[p.filled : min(p.filled + chunk, p.length)]
-            tokens_IT[i, : len(new)] = new
-            entries_I[i], starts_I[i], sizes_I[i] = p.entry, p.filled, len(new)
-            p.filled += len(new)
-            p.ready = p.filled == p.length
-        read = min(_power(int(starts_I.max()) + T), self.prompt_size)
+        for lane, prompts in enumerate(chosen):
+            for i, p in enumerate(prompts, start=lane * most):
+                new = p.ids[p.filled : min(p.filled + chunk, p.length)]
+                tokens_IT[i, : len(new)] = new
+                entries_I[i], starts_I[i], sizes_I[i] = p.entry, p.filled, len(new)
+                p.filled += len(new)
+                p.ready = p.filled == p.length
+        read = min(_power(int(starts_I.max()) + T, 4), self.prompt_size)
         self.state = self.engine.prefill(
             weights, self.state, entries_I, tokens_IT, starts_I, sizes_I, read=read
         )
 
-    def _insert(self, ready: list[Request]) -> None:
-        for start in range(0, len(ready), self.group):
-            part = ready[start : start + self.group]
-            slots_I = np.full(self.group, self.spare_slot, np.int32)
-            slots_I[: len(part)] = [r.slot for r in part]
-            self.state = self.engine.insert(self.state, slots_I, self._rows(part, self.group))
-        self.live += ready
-        self.arriving = [r for r in self.arriving if r not in set(ready)]
+    def _rows(self, lanes: Sequence[Sequence[Request]], size: int) -> Rows:
+        """Engine rows of these requests, `size` a lane; what fills up is done, in the spare entry.
 
-    def _rows(self, requests: Sequence[Request], size: int) -> Rows:
-        """Engine rows of these requests; the rest of `size` are done, in the spare entry."""
+        One lane stands for all where there is only one.
+        """
 
-        def column(value, default, dtype) -> np.ndarray:
-            values = [value(r) for r in requests] + [default] * (size - len(requests))
-            return np.array(values, dtype)
+        def column(value: Callable[[Request], object], default, dtype) -> np.ndarray:
+            fill = lambda part: [value(r) for r in part] + [default] * (size - len(part))
+            return np.array([x for part in lanes for x in fill(part)], dtype)
 
-        def stops(r: Request) -> list[int]:
-            ids = list(r.sampling.stop_ids) + ([] if r.sampling.ignore_eos else [self.eos_id])
+        def stops(request: Request) -> list[int]:
+            ids = list(self.stop_ids(request.sampling))
             return ids + [-1] * (self.num_stops - len(ids))
 
+        def seen(request: Request) -> np.ndarray:
+            return np.bincount(request.prompt.ids, minlength=vocab) > 0
+
+        number, vocab = np.int32, self.engine.model.config.vocab_size
+        asked = lambda name: lambda r: getattr(r.sampling, name)
         sampling = RowSampling(
-            temperature_B=column(lambda r: r.sampling.temperature, 0.0, np.float32),
-            top_k_B=column(lambda r: r.sampling.top_k, 0, np.int32),
-            top_p_B=column(lambda r: r.sampling.top_p, 1.0, np.float32),
-            min_p_B=column(lambda r: r.sampling.min_p, 0.0, np.float32),
-            repetition_penalty_B=column(lambda r: r.sampling.repetition_penalty, 1.0, np.float32),
+            temperature_B=column(asked("temperature"), 0.0, np.float32),
+            top_k_B=column(asked("top_k"), 0, number),
+            top_p_B=column(asked("top_p"), 1.0, np.float32),
+            min_p_B=column(asked("min_p"), 0.0, np.float32),
+            repetition_penalty_B=column(asked("repetition_penalty"), 1.0, np.float32),
         )
+        budgets = column(asked("thinking"), None, object).tolist()
+        keys_B = _request_keys(self.key, column(lambda r: r.number, 0, number))
         return Rows(
-            prefix_B=column(lambda r: r.prompt.entry, self.spare_entry, np.int32),
-            token_B=column(lambda r: r.prompt.ids[-1], 0, np.int32),
-            key_B=_request_keys(self.key, column(lambda r: r.number, 0, np.int32)),
-            draws_B=np.zeros(size, np.int32),
-            count_B=np.zeros(size, np.int32),
+            prefix_B=column(lambda r: r.prompt.entry, self.spare_entry, number),
+            token_B=column(lambda r: r.prompt.ids[-1], 0, number),
+            key_B=keys_B,
+            draws_B=column(lambda r: 0, 0, number),
+            count_B=column(lambda r: 0, 0, number),
             done_B=column(lambda r: False, True, bool),
             sampling=sampling,
-            min_tokens_B=column(lambda r: r.sampling.min_tokens, 0, np.int32),
-            max_tokens_B=column(lambda r: r.sampling.max_tokens, 1, np.int32),
-            stop_BX=column(stops, [-1] * self.num_stops, np.int32),
-            seen_BV=self._seen(requests, size) if self.features.repetition_penalty else None,
-            budget=self._budget(requests, size) if self.features.thinking else None,
+            min_tokens_B=column(asked("min_tokens"), 0, number),
+            max_tokens_B=column(asked("max_tokens"), 1, number),
+            stop_BX=column(stops, [-1] * self.num_stops, number),
+            seen_BV=column(seen, np.zeros(vocab, bool), bool)
+            if self.features.repetition_penalty
+            else None,
+            budget=budget.start(budgets, self.engine.thinking) if self.features.thinking else None,
         )
-
-    def _seen(self, requests: Sequence[Request], size: int) -> np.ndarray:
-        seen_BV = np.zeros((size, self.engine.model.config.vocab_size), bool)
-        for i, request in enumerate(requests):
-            seen_BV[i, request.prompt.ids] = True
-        return seen_BV
-
-    def _budget(self, requests: Sequence[Request], size: int) -> Budget:
-        budgets = [r.sampling.thinking for r in requests] + [None] * (size - len(requests))
-        return budget.start(budgets, self.engine.thinking)
 
     # -- decoding ----------------------------------------------------------------------------------
 
-    def groups(self) -> Iterator[list[list[Request]]]:
-        """All live requests in groups of runs of requests with one prompt, like lengths together.
+    def groups(self) -> Iterator[list[list[list[Request]]]]:
+        """[lane][run][request]: all live requests once, those of like length together.
 
-        The runs of a call have one width, at most so many requests: the one that costs least.
+        The runs of a round have one width, at most so many requests: the one that costs least.
         """
-        by_prompt: dict[int, list[Request]] = {}
-        for request in sorted(self.live, key=lambda r: -len(r.ids)):
-            by_prompt.setdefault(id(request.prompt), []).append(request)
-        width = self._width(by_prompt.values())
-        runs = [rs[i : i + width] for rs in by_prompt.values() for i in range(0, len(rs), width)]
-        runs.sort(key=lambda run: -len(run[0].ids))
-        per = self.group // width
-        for i in range(0, len(runs), per):
-            yield runs[i : i + per]
+        width = min(self.widths, key=self._cost)
+        runs, per = [lane.runs(width) for lane in self.lanes], self.group // width
+        for i in range(0, max(map(len, runs)), per):
+            yield [lane_runs[i : i + per] for lane_runs in runs]
 
-    def _width(self, prompts) -> int:
-        """1, 4, 16, ... requests of a prompt that read its keys together."""
+    def _cost(self, width: int) -> int:
+        """Of a step of all runs of this width: rows, fillers too, by the positions they read."""
+        runs = [run for lane in self.lanes for run in lane.runs(width)]
+        own = sum(width * (_FIXED + len(run[0].ids)) for run in runs)
+        return own + sum(run[0].prompt.length for run in runs)
 
-        def cost(width: int) -> float:
-            """Rows that decode, fillers too, times what they read."""
-            runs = [(rs, -(-len(rs) // width)) for rs in prompts]
-            own = lambda rs: sum(len(r.ids) for r in rs) / len(rs)
-            return sum(n * (width * (_FIXED + own(rs)) + rs[0].prompt.length) for rs, n in runs)
-
-        return min(self.widths, key=cost)
-
-    def step(self, weights, runs: list[list[Request]]) -> list[Request]:
-        """Decodes a group; its requests, with their new tokens."""
-        width = _level(max(map(len, runs)), self.widths[-1])
-        slots_PW = np.full((_level(len(runs), self.group // width), width), self.spare_slot)
-        for i, run in enumerate(runs):
-            slots_PW[i, : len(run)] = [r.slot for r in run]
-        requests = [r for run in runs for r in run]
+    def step(self, weights, group: list[list[list[Request]]]) -> list[tuple[Lane, Request]]:
+        """Decodes a group of each lane; its requests, with their new tokens."""
+        width = _level(max(len(run) for runs in group for run in runs), self.widths[-1])
+        height = _level(max(map(len, group)), self.group // width, _LEAST_ROWS / width)
+        slots_XW = np.full((len(self.lanes) * height, width), self.spare_slot, np.int32)
+        rows = {}
+        for lane, runs in enumerate(group):
+            for i, run in enumerate(runs, start=lane * height):
+                slots_XW[i, : len(run)] = [r.slot for r in run]
+                rows |= {i * width + w: (self.lanes[lane], r) for w, r in enumerate(run)}
+        prefix = max(r.prompt.length for _, r in rows.values())
+        own = max(min(len(r.ids) + self.steps, r.sampling.max_tokens) for _, r in rows.values())
         reads = Reads(
-            prefix=min(_power(max(r.prompt.length for r in requests)), self.prompt_size),
-            own=min(max(_size(max(map(self._need, requests))), self.steps), self.slot_size),
+            prefix=min(_power(prefix, 4), self.prompt_size),
+            own=min(_size(own, _LEAST_OWN), self.slot_size),
         )
         self.state, emitted = self.engine.step(
-            weights, self.state, slots_PW.astype(np.int32),
-            features=self.features, reads=reads, steps=self.steps,
-        )  # fmt: skip
+            weights, self.state, slots_XW, features=self.features, reads=reads, steps=self.steps
+        )
         emitted = self.engine.harvest(emitted)
-        for i, run in enumerate(runs):
-            for w, request in enumerate(run):
-                request.extend(emitted, i * width + w)
-        return requests
+        for row, (_, request) in rows.items():
+            request.extend(emitted, row)
+        return list(rows.values())
 
-    def _need(self, request: Request) -> int:
-        """Positions of its own that it has written after the next step."""
-        return min(len(request.ids) + self.steps, request.sampling.max_tokens)
 
-    def release(self, request: Request) -> None:
-        """Frees the slot of a request that ended, and its prompt where it was the last."""
-        self.live.remove(request)
-        self.free_slots.append(request.slot)
-        self.unfinished -= 1
-        request.prompt.waiting -= 1
-        if not request.prompt.waiting:
-            self.free_entries.append(request.prompt.entry)
+def unique(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Each once, in order."""
+    return list({id(prompt): prompt for prompt in prompts}.values())
+
+
+def _share_out(requests: Sequence[Request], lanes: int) -> list[list[Request]]:
+    """Requests to lanes, in order, each prompt's together: to the lane with the least to do."""
+    parts, load = [[] for _ in range(lanes)], [0] * lanes
+    by_prompt = collections.defaultdict(list)
+    for request in requests:
+        by_prompt[id(request.prompt)].append(request)
+    for together in by_prompt.values():
+        lane = load.index(min(load))
+        parts[lane] += together
+        load[lane] += sum(r.sampling.max_tokens for r in together)
+    return parts
 
 
 @jax.jit
@@ -274,20 +328,23 @@ def _request_keys(key: jax.Array, number_B) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(number_B))
 
 
-def _power(n: int, least: int = _LEAST) -> int:
-    """The smallest power of two >= n and >= least."""
-    return max(least, 1 << max(n - 1, 0).bit_length())
+def _power(n: int, base: int = 2) -> int:
+    """The smallest power of two >= n and >= the least size; with base 4 every second of them."""
+    size = _LEAST
+    while size < n:
+        size *= base
+    return size
 
 
-def _size(n: int) -> int:
-    """The smallest power of two, or 1.5 times one, that is >= n and >= the least size."""
-    power = _power(n)
-    return power * 3 // 4 if _LEAST < power and n <= power * 3 // 4 else power
+def _size(n: int, least: int = _LEAST) -> int:
+    """The smallest power of two, or 1.5 times one, that is >= n and >= least."""
+    power = max(_power(n), least)
+    return power * 3 // 4 if least < power and n <= power * 3 // 4 else power
 
 
-def _level(n: int, most: int) -> int:
-    """The smallest of most, most / 4, most / 16, ... that is >= n: how many rows are compiled."""
+def _level(n: int, most: int, least: float = 1) -> int:
+    """The smallest of most, most / 4, most / 16, ... that is >= n and >= least."""
     level = most
-    while level >= 4 and n <= level // 4:
+    while level // 4 >= max(n, least):
         level //= 4
     return level

@@ -52,20 +52,24 @@ def build_generate(
             raise ValueError("sampling.thinking is set, but the generator knows no thinking ids")
         if not prompts:
             return []
-        requests = _requests([encode(p) for p in prompts], samplings, config.share_prefix)
+        prompt_ids = [list(encode(prompt)) for prompt in prompts]
+        requests = _requests(prompt_ids, samplings, config.share_prefix, engine.lanes)
         found: dict[tuple[int, int], Completion] = {}
         weights = engine.weights(params)
-        flight = Flight(engine, requests, eos_id, key)
+        stop_ids = lambda s: s.stop_ids if s.ignore_eos else (*s.stop_ids, eos_id)
+        flight = Flight(engine, requests, key, stop_ids)
         while flight.unfinished:
             flight.refill(weights)
             for group in list(flight.groups()):
-                for request in flight.step(weights, group):
+                for lane, request in flight.step(weights, group):
                     finish_stop_text(request, decode)
                     if on_tokens is not None:
                         _stream(request, on_tokens, thinking)
                     if request.ended:
-                        found[request.place] = _completion(request, decode, eos_id)
-                        flight.release(request)
+                        found[request.place] = _completion(
+                            request, decode, stop_ids(request.sampling)
+                        )
+                        lane.release(request)
             if on_progress is not None:
                 on_progress(len(found), len(requests), sum(len(r.ids) for r in requests))
         return [[found[p, r] for r in range(s.num_samples)] for p, s in enumerate(samplings)]
@@ -106,25 +110,28 @@ def finish_stop_text(request: Request, decode: Callable[[list[int]], str]) -> No
 
 
 def _requests(
-    prompts: Sequence[list[int]], samplings: Sequence[Sampling], share_prefix: bool
+    prompts: Sequence[list[int]], samplings: Sequence[Sampling], share_prefix: bool, lanes: int
 ) -> list[Request]:
-    """All requests, those with the highest limit first, those of a prompt together."""
+    """All requests, those with the highest limit first, those of a prompt together.
+
+    Samples share their prompt; where there are fewer prompts than lanes, each lane has its own.
+    """
     requests = []
+    copies = -(-lanes // len(prompts)) if share_prefix else max(s.num_samples for s in samplings)
     for p, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True)):
         if not ids:
             raise ValueError(f"prompt {p} has no tokens; it needs at least one")
-        prompt = Prompt(list(ids))
+        shared = [Prompt(ids) for _ in range(copies)]
         for r in range(sampling.num_samples):
-            prompt = prompt if share_prefix else Prompt(prompt.ids)
+            prompt = shared[r * copies // sampling.num_samples]
             prompt.waiting += 1
             requests.append(Request((p, r), len(requests), prompt, sampling))
     return sorted(requests, key=lambda request: -request.sampling.max_tokens)
 
 
-def _completion(request: Request, decode, eos_id: int) -> Completion:
-    ids, sampling, text = tuple(request.ids), request.sampling, request.text
-    last = [] if sampling.ignore_eos else [eos_id]
-    stopped = ids[-1] in (*last, *sampling.stop_ids) and not request.forced[-1]
+def _completion(request: Request, decode, stop_ids: Sequence[int]) -> Completion:
+    ids, text = tuple(request.ids), request.text
+    stopped = ids[-1] in stop_ids and not request.forced[-1]
     if text is None:
         text = decode(list(ids[:-1] if stopped else ids))
     return Completion(
