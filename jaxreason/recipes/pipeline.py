@@ -37,7 +37,7 @@ def stages_of(config: ConfigDict) -> list[Stage]:
     for name, section in config.stages.items():
         with _naming(config, name):
             stages.append(_plan(config, name, section))
-    return stages
+    return _in_order(stages)
 
 
 def _plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
@@ -63,7 +63,6 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     # --- everything that can be wrong is found before anything is expensive -----------------------
     stages = stages_of(config)
     shape = assemble.architecture(config, stages[0].start)
-    _check_order(stages)
     trained = [stage for stage in stages if stage.section.kind in _TRAINING]
     workdir = Workdir(folder)
     workdir.open(config)
@@ -206,17 +205,25 @@ def finish(
     progress.say(f"done in {seconds:.0f} s: {workdir.path / 'report.html'}")
 
 
-def _check_order(stages: list[Stage]) -> None:
-    """Raises ValueError when a stage starts from one that does not come before it."""
-    seen: set[str] = set()
-    for stage in stages:
-        own = stage.start.kind == "run" and stage.start.directory is None
-        if own and stage.start.stage not in seen:
+def _in_order(stages: list[Stage]) -> list[Stage]:
+    """Each after the one it starts from; else as the config gives them, which is by name.
+
+    Raises ValueError when a stage starts from one that there is not, or that starts from it.
+    """
+    waiting, ordered = list(stages), []
+    while waiting:
+        done = [stage.name for stage in ordered]
+        of_this_run = lambda stage: stage.start.kind == "run" and stage.start.directory is None
+        ready = [s for s in waiting if not of_this_run(s) or s.start.stage in done]
+        if not ready:
+            stuck = waiting[0]
             raise ValueError(
-                f"stages.{stage.name}.init.from is {stage.start.text!r}; stages before it: "
-                f"{', '.join(sorted(seen)) or 'none'}"
+                f"stages.{stuck.name}.init.from is {stuck.start.text!r}; stages that can come "
+                f"before it: {', '.join(done) or 'none'}"
             )
-        seen.add(stage.name)
+        ordered.append(ready[0])
+        waiting.remove(ready[0])
+    return ordered
 
 
 def _jsonable(content: dict) -> dict:
