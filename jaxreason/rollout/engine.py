@@ -109,6 +109,7 @@ class Engine:
         self.mesh = None if model.mesh is None or model.mesh.size == 1 else model.mesh
         self.lanes = 1 if self.mesh is None else rules.axis_size(self.mesh, "batch")
         self.group = config.group or (16 if jax.default_backend() == "cpu" else config.slots)
+        self._sizes: dict[str, int] = {}
         self.weights = jax.jit(model.decode_weights)
         self.init = jax.jit(self._init, static_argnames=("slots", "prompts"))
         self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnames="read")
@@ -116,6 +117,15 @@ class Engine:
         self.step = jax.jit(
             self._step, donate_argnums=1, static_argnames=("features", "reads", "steps")
         )
+
+    def grown(self, **sizes: int) -> dict[str, int]:
+        """The largest of each size that was asked for so far.
+
+        A state is as large as the largest before it, so that a smaller call, such as a rollout's
+        second draw, runs the programs of the first.
+        """
+        self._sizes = {name: max(n, self._sizes.get(name, 0)) for name, n in sizes.items()}
+        return self._sizes
 
     @staticmethod
     def harvest(emitted: Emitted) -> Emitted:

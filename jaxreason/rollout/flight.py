@@ -137,18 +137,24 @@ class Flight:
     ):
         self.engine, self.config, self.key, self.stop_ids = engine, engine.config, key, stop_ids
         self.features = Features.of(r.sampling for r in requests)
-        self.num_stops = _power(max(len(stop_ids(r.sampling)) for r in requests))
         parts = _share_out(requests, engine.lanes)
         most = max(map(len, parts))
+        slots = min(-(-self.config.slots // engine.lanes), _power(most))
+        prompts = max(len(unique(r.prompt for r in part)) for part in parts)
+        sizes = engine.grown(
+            stops=_power(max(len(stop_ids(r.sampling)) for r in requests)),
+            slots=slots,
+            entries=min(slots, _power(prompts)),
+            slot_size=_size(max(r.sampling.max_tokens for r in requests)),
+            prompt_size=max(self._room(r.prompt) for r in requests),
+        )
+        self.num_stops = sizes["stops"]
         # Per lane. One more of each is the spare that fills up a batch.
-        self.spare_slot = slots = min(-(-self.config.slots // engine.lanes), _power(most))
-        prompts = [len(unique(r.prompt for r in part)) for part in parts]
-        self.spare_entry = entries = min(slots, _power(max(prompts)))
+        self.spare_slot, self.spare_entry = slots, entries = sizes["slots"], sizes["entries"]
         self.lanes = [Lane(part, slots, entries) for part in parts]
         self.group = min(slots, engine.group)
         self.widths = [4**i for i in range(8) if 4**i <= self.group]
-        self.slot_size = _size(max(r.sampling.max_tokens for r in requests))
-        self.prompt_size = max(self._room(r.prompt) for r in requests)
+        self.slot_size, self.prompt_size = sizes["slot_size"], sizes["prompt_size"]
         self.steps = min(self.config.steps, self.slot_size)
         unused, sizes = self._rows([[]], slots + 1), (entries, self.prompt_size)
         self.state = engine.init(unused, slots=(slots, self.slot_size), prompts=sizes)
