@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.sampling.thinking = {
         "max_tokens": config_dict.placeholder(int),  # thinking tokens; None: no limit
-        "wording": "s1",  # how the end is forced: s1 | qwen3
+        "wording": "s1",  # how the end is forced: s1 | qwen3 | tag
         "waits": 0,  # ends of thinking that become "Wait"
     }
     c.prompt_template = "{prompt}"

@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     smoke = arg == "smoke"
     c = defaults.default_config("quickstart", "pipeline")
     c.chat.template = "plain"
+    c.chat.wait = "\nwait "  # what these chains say where they correct a step
     c.model = defaults.model_config("qwen3-tiny", vocab_size=261)
     c.arithmetic = defaults.arithmetic_config(
         min_operations=2,
@@ -55,6 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "scaling": scaling.default_section(
             votes=(1, 2, 4, 8) if smoke else (1, 2, 4, 8, 16),
             budgets=(16, 32) if smoke else (8, 16, 24, 32, 48, 64),
+            wordings=("tag",),
             waits=(0, 1) if smoke else (0, 1, 2),
             num_samples=1 if smoke else 4,
         ),

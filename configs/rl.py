@@ -156,8 +156,8 @@ def _gsm8k_rl() -> dict:
 def _countdown(_: bool) -> ConfigDict:
     """Three numbers up to 99: a warm-up on generated search traces, then RL on TinyZero's problems.
 
-    The warm-up is cut short on purpose: after 160 updates the model knows the form of a search and
-    solves about one problem in eight; the rest is for RL.
+    The warm-up is cut short on purpose: after 110 updates the model knows the form of a search and
+    solves one problem in thirty; the rest is for RL.
     """
     c = defaults.default_config("rl-countdown", "pipeline")
     c.chat.template = "plain"
@@ -180,7 +180,7 @@ def _countdown(_: bool) -> ConfigDict:
         packing="per_batch",
         examples_per_batch=96,
     )
-    warm_up["train"]["steps"] = 160
+    warm_up["train"]["steps"] = 110
     warm_up["train"]["optimizer"].update(
         name="muon", learning_rate=6e-3, weight_decay=0.05, warmup_steps=40
     )
@@ -199,9 +199,9 @@ def _countdown(_: bool) -> ConfigDict:
     rl["init"]["from"] = "@sft"
     rl["data"]["sources"] = {"countdown": problems("train")}
     rl["rewards"] = {"accuracy": defaults.reward("countdown")}
-    rl["rollout"].update(num_prompts=32, num_generations=16, max_tokens=160, slots=512)
-    rl["train"].update(steps=80, algorithm="dapo", updates=2, length=192, rows_multiple=16)
-    rl["train"]["optimizer"].update(learning_rate=1e-4, warmup_steps=10)
+    rl["rollout"].update(num_prompts=48, num_generations=8, max_tokens=160, slots=512)
+    rl["train"].update(steps=60, algorithm="dapo", updates=4, length=192, rows_multiple=16)
+    rl["train"]["optimizer"].update(learning_rate=2e-4, warmup_steps=10)
     c.stages = {"sft": warm_up, "rl": rl}
     c.run.save_every, c.log.every = 40, 1
     c.eval.rows = 512

@@ -109,19 +109,23 @@ class Loss:
     metrics: dict[str, jax.Array]
 
 
+WORDINGS = ("s1", "qwen3", "tag")
+
+
 @dataclasses.dataclass(frozen=True)
 class ThinkingBudget:
     """Control of the thinking part of one completion (s1, arXiv 2501.19393; Qwen3's report)."""
 
     max_tokens: int | None = None  # thinking tokens before its end is forced; None: no limit
-    wording: str = "s1"  # how the end is forced: s1 | qwen3
+    wording: str = "s1"  # how the end is forced: s1 | qwen3 | tag, the closing tag alone
     waits: int = 0  # ends of thinking that are replaced by "Wait"
 
     def __post_init__(self):
         if self.max_tokens is not None and self.max_tokens < 0:
             raise ValueError(f"thinking.max_tokens is {self.max_tokens}; it must be 0 or more")
-        if self.wording not in ("s1", "qwen3"):
-            raise ValueError(f"thinking.wording is {self.wording!r}; it must be s1 or qwen3")
+        if self.wording not in WORDINGS:
+            known = ", ".join(WORDINGS)
+            raise ValueError(f"thinking.wording is {self.wording!r}; it must be one of {known}")
         if self.waits < 0:
             raise ValueError(f"thinking.waits is {self.waits}; it must be 0 or more")
 

@@ -30,7 +30,11 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                 "vocab_size": 8192,  # sentencepiece only
                 "max_bytes": 20_000_000,  # sentencepiece: of training text
             },
-            "chat": {"template": "qwen3", "thinking": True},
+            "chat": {
+                "template": "qwen3",
+                "thinking": True,
+                "wait": "Wait",  # what a thinking budget writes where the model would stop
+            },
             "model": model_config(),
             "mesh": {
                 "shape": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left

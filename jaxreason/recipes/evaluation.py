@@ -110,7 +110,12 @@ def generator(config: ConfigDict, tokenizer: Tokenizer, model: LanguageModel, ro
     """`generate` of the rollout engine with `rows` slots, on prompts as users write them."""
     encode = prompt_encoder(config, tokenizer)
     return build_generate(
-        model, encode, tokenizer.decode, tokenizer.eos_id, EngineConfig(slots=rows)
+        model,
+        encode,
+        tokenizer.decode,
+        tokenizer.eos_id,
+        EngineConfig(slots=rows),
+        chat.thinking_ids(tokenizer, wait=config.chat.wait),
     )
 
 

@@ -93,7 +93,8 @@ def _speaker(
 
     # One conversation reads best in small pieces; a file of questions fills every slot.
     engine = EngineConfig(slots=config.rows) if config.prompts else EngineConfig(slots=1, steps=8)
-    generate = build_generate(model, encode, tokenizer.decode, tokenizer.eos_id, engine)
+    thinking = chat.thinking_ids(tokenizer, wait=config.chat.wait)
+    generate = build_generate(model, encode, tokenizer.decode, tokenizer.eos_id, engine, thinking)
     params = start.load(model, Workdir(folder).checkpoints)
     if params is None:
         params = model.init(assemble.stage_key(config.seed, "init"))

@@ -27,7 +27,7 @@ def default_section(**changes) -> dict:
         "votes": (1, 2, 4, 8, 16),  # sizes of the vote, all from one set of samples
         "rank_by": "logprob",  # best of n by mean log-probability, from the same; "": not
         "budgets": (),  # thinking tokens
-        "wordings": ("s1",),  # how the end of thinking is forced, a curve each: s1, qwen3
+        "wordings": ("s1",),  # how the end of thinking is forced, a curve each: s1, qwen3, tag
         "waits": (),  # ends of thinking that become "Wait"
         "num_samples": 1,  # a problem, for budgets and waits
         # The set's own where nothing is said:

@@ -1,8 +1,9 @@
 """The thinking budget inside the decode loop: how long a reasoning lasts, as traced state.
 
 A completion thinks from its first token until the closing tag. When it has thought `limit` tokens,
-the end of the reasoning is written for it, token by token (s1's wording, arXiv 2501.19393, or
-Qwen3's, arXiv 2505.09388); a closing tag drawn while waits are left gives way to "Wait".
+the end of the reasoning is written for it, token by token (s1's wording, arXiv 2501.19393,
+Qwen3's, arXiv 2505.09388, or the tag alone); a closing tag drawn while waits are left gives way to
+"Wait".
 """
 
 import dataclasses
@@ -12,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.text.chat import ThinkingIds
-from jaxreason.types import ThinkingBudget, pytree_dataclass
+from jaxreason.types import WORDINGS, ThinkingBudget, pytree_dataclass
 
-_WORDINGS = ("s1", "qwen3")
-_WAIT = len(_WORDINGS)  # the script after those
+_WAIT = len(WORDINGS)  # the script after those
 _NO_LIMIT = np.iinfo(np.int32).max
 
 
@@ -43,7 +43,7 @@ def start(budgets: list[ThinkingBudget | None], thinking: ThinkingIds) -> Budget
         spent_B=np.zeros(B, np.int32),
         limit_B=ints([_NO_LIMIT if b.max_tokens is None else b.max_tokens for b in given]),
         waits_B=ints([b.waits for b in given]),
-        wording_B=ints([_WORDINGS.index(b.wording) for b in given]),
+        wording_B=ints([WORDINGS.index(b.wording) for b in given]),
         script_B=np.full(B, _WAIT, np.int32),
         at_B=np.full(B, len(thinking.wait), np.int32),
         last_BC=np.full((B, C), -1, np.int32),
@@ -56,7 +56,7 @@ def control(budget: Budget, drawn_B: jax.Array, thinking: ThinkingIds):
     removed_B are ids to take back first: the beginning of a closing tag of several ids that was
     drawn, and is replaced by "Wait" as a whole.
     """
-    scripts = [*(thinking.ends[w] for w in _WORDINGS), thinking.wait]
+    scripts = [*(thinking.ends[w] for w in WORDINGS), thinking.wait]
     longest = max(map(len, scripts))
     ids_XN = jnp.array([[*ids, *[0] * (longest - len(ids))] for ids in scripts], jnp.int32)
     size_X = jnp.array([len(ids) for ids in scripts], jnp.int32)

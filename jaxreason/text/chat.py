@@ -170,8 +170,10 @@ def split_reasoning(text: str, tags: ThinkTags = DEFAULT_TAGS) -> tuple[str | No
     return None, text
 
 
-def thinking_ids(tokenizer: Tokenizer, tags: ThinkTags = DEFAULT_TAGS) -> ThinkingIds:
-    """The two wordings of a forced end, and "Wait" (arXiv 2501.19393, 2505.09388)."""
+def thinking_ids(
+    tokenizer: Tokenizer, tags: ThinkTags = DEFAULT_TAGS, wait: str = "Wait"
+) -> ThinkingIds:
+    """The wordings of a forced end (arXiv 2501.19393, 2505.09388), and what goes on instead."""
 
     def ids(*parts: str) -> tuple[int, ...]:
         return tuple(token for part in parts for token in tokenizer.encode(part))
@@ -181,8 +183,9 @@ def thinking_ids(tokenizer: Tokenizer, tags: ThinkTags = DEFAULT_TAGS) -> Thinki
         ends={
             "s1": ids(tags.close, "\nFinal Answer:"),
             "qwen3": ids(_QWEN3_STOP_PHRASE, tags.close, "\n\n"),
+            "tag": ids(tags.close),
         },
-        wait=ids("Wait"),
+        wait=ids(wait),
     )
 
 

@@ -46,7 +46,7 @@ def completion(text: str, forced: str = "") -> Completion:
         ({"budgets": (8, 8)}, r"budgets is \(8, 8\); it holds one of them twice"),
         ({"budgets": (16, 64)}, r"budgets holds 64; it must be below max_tokens 64"),
         ({"waits": (-1,)}, r"waits is \(-1,\); it must hold whole numbers from 0 on"),
-        ({"wordings": ("s2",)}, r"wording is 's2'; it must be s1 or qwen3"),
+        ({"wordings": ("s2",)}, r"wording is 's2'; it must be one of s1, qwen3, tag"),
         ({"rank_by": "luck"}, r"rank_by is 'luck'; it must be logprob or empty"),
         ({"num_samples": 0}, r"num_samples is 0; it must be 1 or more"),
         ({"temperature": 0.0}, r"votes is \(1, 2, 4, 8, 16\) at temperature 0"),
