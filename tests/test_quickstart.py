@@ -11,7 +11,8 @@ from jaxreason.launch import load_config
 from jaxreason.recipes import assemble
 from jaxreason.text.tokenizer import ByteTokenizer
 
-STAGES = ("pretrain", "sft_answer", "sft_cot")
+FITTED = ("pretrain", "sft_answer", "sft_cot")
+STAGES = (*FITTED, "rl")
 
 
 def data_of(config, stage: str) -> pipeline_lib.DataConfig:
@@ -25,8 +26,9 @@ def test_no_stage_sees_a_held_out_expression():
     assert len(held_out) == config.eval.sets.arithmetic.limit == 400
     for record in made["train"]:
         assert record["expression"] not in held_out
-    for stage in STAGES:
+    for stage in FITTED:
         assert [s.split for s in data_of(config, stage).sources.values()] == ["train"]
+    assert [s.split for s in config.stages.rl.data.sources.values()] == ["train"]
 
 
 def test_pretraining_text_holds_no_chain():
@@ -65,10 +67,16 @@ def _expressions(batch, tokenizer) -> list[str]:
 def test_the_workdir_holds_every_file_of_the_contract(smoke_run):
     names = ("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html",
              "tokenizer/tokenizer.json", "tensorboard", "data", "checkpoints", "hf")  # fmt: skip
-    for name in (*names, *(f"stages/{stage}.json" for stage in STAGES)):
+    for name in (*names, *(f"stages/{stage}.json" for stage in (*STAGES, "scaling"))):
         assert (smoke_run / name).exists(), name
     summary = json.loads((smoke_run / "summary.json").read_text())
     assert summary.keys() >= {"status", "wall_seconds", "stages", "evals", "scaling"}
+    assert summary["evals"]["rl"]["arithmetic"]["gain"]["over"] == "sft_cot"
+    points = summary["scaling"]
+    assert {"method", "n", "budget", "accuracy", "mean_tokens"} <= points[0].keys()
+    assert {p["method"] for p in points} == {"majority", "best_of_n", "budget", "waits"}
+    groups = [json.loads(line) for line in (smoke_run / "samples.jsonl").open()]
+    assert any(line["stage"] == "rl" and "step" in line for line in groups)
     for stage in STAGES:
         assert summary["stages"][stage].keys() >= {"steps", "tokens", "final_loss"}
         wanted = {"avg@4", "pass@4", "maj@8", "mean_tokens", "truncated"}
