@@ -78,7 +78,7 @@ def _arithmetic(smoke: bool) -> ConfigDict:
 
 
 def _gsm8k(_: bool) -> ConfigDict:
-    """configs/sft.py's model and warm-up, then RL: 50 steps of 8 problems x 4 completions."""
+    """configs/sft.py's model and warm-up, then RL: 50 steps of 4 problems x 4 completions."""
     c = defaults.default_config("rl-gsm8k", "pipeline")
     c.tokenizer.update(kind="hf", path="tokenizer_qwen3")
     c.model = defaults.model_config(
@@ -103,15 +103,15 @@ def _gsm8k(_: bool) -> ConfigDict:
     warm_up["train"]["optimizer"].update(learning_rate=3e-3, warmup_steps=10)
     rl = _gsm8k_rl()
     rl["init"]["from"] = "@sft"
-    rl["rollout"].update(num_prompts=8, num_generations=4, max_tokens=160, slots=32)
-    rl["train"].update(steps=50, length=512, updates=2)
+    rl["rollout"].update(num_prompts=4, num_generations=4, max_tokens=128, slots=32)
+    rl["train"].update(steps=50, length=512, updates=1, rows_multiple=4)
     rl["train"]["optimizer"]["learning_rate"] = 1e-4
     c.stages = {"sft": warm_up, "rl": rl}
     c.run.save_every, c.log.every = 25, 1
     c.eval.rows = 100
     c.eval.sets = {
         "gsm8k": defaults.jsonl_eval(
-            "gsm8k/test.jsonl.gz", limit=100, num_samples=1, temperature=0.0, top_p=1.0,
+            "gsm8k/test.jsonl.gz", limit=50, num_samples=1, temperature=0.0, top_p=1.0,
             max_tokens=160,
         )
     }  # fmt: skip
