@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxreason.kernels import blockwise
 from jaxreason.kernels.decode import decode_attention, repeat_rows
 from jaxreason.model import attention as attention_lib
 from jaxreason.model import cache as cache_lib
@@ -219,6 +218,8 @@ class LanguageModel:
         self.dtype = jnp.dtype(execution.dtype)
         self.head = Head(mesh, self.valid_vocab)
         self._attention = attention_lib.build(execution.attention, mesh)
+        # The rollout engine splits rows over the mesh by itself.
+        self._attend_lane = attention_lib.build(execution.attention, None)
         # Concatenating weights that are split over the tensor axis would move them between devices.
         self._fuse = mesh is None or rules.axis_size(mesh, "heads") == 1
         self.value_head = value_head
@@ -278,24 +279,6 @@ class LanguageModel:
 
     def hidden(self, params: Params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
         """hidden_BTD after the final norm, every document of a row on its own."""
-        return self._forward(params, tokens_BT, segments_BT, positions_BT)
-
-    def head_weight(self, params: Params) -> jax.Array:
-        return params["embedding" if self.config.tie_embeddings else "lm_head"]
-
-    def xent(self, params, h_BTD, targets_BT, weights_BT, **options):
-        """Weighted sums of the cross-entropy; see kernels.linear_xent.linear_xent."""
-        return self.head.xent(h_BTD, self.head_weight(params), targets_BT, weights_BT, **options)
-
-    def logprobs(self, params, h_BTD, targets_BT, **options):
-        """(logp_BT, entropy_BT, lse_BT); see kernels.linear_xent.linear_logprobs."""
-        return self.head.logprobs(h_BTD, self.head_weight(params), targets_BT, **options)
-
-    def values(self, params: Params, h_BTD: jax.Array) -> jax.Array:
-        """values_BT of the value head, float32."""
-        return values(params["value_head"], h_BTD)
-
-    def _forward(self, params, tokens_BT, segments_BT, positions_BT):
         c = self.config
         module = self._module(params)
         mask = AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
@@ -314,6 +297,21 @@ class LanguageModel:
         unroll = 1 if self.execution.scan_layers else c.num_layers
         x_BTD, _ = jax.lax.scan(layer, x_BTD, module.layers, unroll=unroll)
         return rms_norm(x_BTD, module.final_norm[...], c.norm_eps)
+
+    def head_weight(self, params: Params) -> jax.Array:
+        return params["embedding" if self.config.tie_embeddings else "lm_head"]
+
+    def xent(self, params, h_BTD, targets_BT, weights_BT, **options):
+        """Weighted sums of the cross-entropy; see kernels.linear_xent.linear_xent."""
+        return self.head.xent(h_BTD, self.head_weight(params), targets_BT, weights_BT, **options)
+
+    def logprobs(self, params, h_BTD, targets_BT, **options):
+        """(logp_BT, entropy_BT, lse_BT); see kernels.linear_xent.linear_logprobs."""
+        return self.head.logprobs(h_BTD, self.head_weight(params), targets_BT, **options)
+
+    def values(self, params: Params, h_BTD: jax.Array) -> jax.Array:
+        """values_BT of the value head, float32."""
+        return values(params["value_head"], h_BTD)
 
     def _embed(self, table_VD, tokens_BT):
         # A table split on both dims makes XLA rematerialise it around the gather: gather it whole.
@@ -372,7 +370,7 @@ class LanguageModel:
             vs.append(cache_lib.write(v_BKSH, jnp.swapaxes(v_BTKH, 1, 2), cache.lengths_B))
             if len(ks) < c.num_layers:  # of the last layer only keys and values are needed
                 k_BSKH, v_BSKH = jnp.swapaxes(ks[-1], 1, 2), jnp.swapaxes(vs[-1], 1, 2)
-                attended_BTNH = blockwise.attention(q_BTNH, k_BSKH, v_BSKH, mask)[0]
+                attended_BTNH = self._attend_lane(q_BTNH, k_BSKH, v_BSKH, mask)
                 x_BTD = finish_layer(c, w, x_BTD, attended_BTNH)
         return Cache(k=tuple(ks), v=tuple(vs), lengths_B=cache.lengths_B + sizes_B)
 

@@ -189,19 +189,21 @@ class Engine:
         prefix = cache_lib.take_rows(state.pool, rows.prefix_B[:: slots_PW.shape[1]], reads.prefix)
 
         def body(carry):
-            t, rows, own, columns = carry
+            _, t, rows, own, columns = carry
             logits_BV, after = self.model.decode(weights, rows.token_B, own, prefix)
             new, column = self._next(logits_BV, rows, features)
             removed_B = column[-1]
             # A row that is done stays where it is; its slot is overwritten by what comes next.
             length_B = jnp.where(rows.done_B, own.lengths_B, after.lengths_B - removed_B)
             columns = [x_BT.at[:, t].set(x_B) for x_BT, x_B in zip(columns, column, strict=True)]
-            return t + 1, new, dataclasses.replace(after, lengths_B=length_B), columns
+            own = dataclasses.replace(after, lengths_B=length_B)
+            return self._any_lane(~new.done_B), t + 1, new, own, columns
 
-        more = lambda carry: (carry[0] < steps) & ~carry[1].done_B.all()
+        more = lambda carry: carry[0] & (carry[1] < steps)
         shape, dtypes = (len(slots_B), steps), (jnp.int32, jnp.float32, bool, jnp.int32)
-        start = (jnp.int32(0), rows, own, [jnp.zeros(shape, dtype) for dtype in dtypes])
-        _, new, after, columns = jax.lax.while_loop(more, body, start)
+        columns = [jnp.zeros(shape, dtype) for dtype in dtypes]
+        start = (self._any_lane(~rows.done_B), jnp.int32(0), rows, own, columns)
+        *_, new, after, columns = jax.lax.while_loop(more, body, start)
         emitted = Emitted(*columns, new.draws_B - rows.draws_B, new.done_B)
         # "Wait" in place of a closing tag of several ids takes back positions before these steps.
         back = len(self.thinking.close) - 1 if features.thinking else 0
@@ -211,10 +213,7 @@ class Engine:
         return State(state.pool, slots, jax.tree.map(put, state.rows, new)), emitted
 
     def _over_lanes(self, lane: Callable, *args):
-        """Runs `lane` for each part of the mesh on its rows; heads and features stay as they lie.
-
-        No lane waits for another: their loops may run for different numbers of steps.
-        """
+        """Runs `lane` for each part of the mesh on its rows; heads and features stay as they lie."""
         if self.mesh is None:
             return lane(*args)
         rows = PartitionSpec(rules.BATCH_AXES)
@@ -223,6 +222,14 @@ class Engine:
             lane, mesh=self.mesh, in_specs=specs, out_specs=rows,
             axis_names=set(rules.BATCH_AXES), check_vma=False,
         )(*args)  # fmt: skip
+
+    def _any_lane(self, live_B: jax.Array) -> jax.Array:
+        """Whether a loop goes on: while a row of the lane is live, or of any lane where heads are
+        split, because the compiler's exchanges between heads may involve all devices.
+        """
+        if self.mesh is None or rules.axis_size(self.mesh, "heads") == 1:
+            return live_B.any()
+        return jax.lax.pmax(live_B.any().astype(jnp.int32), rules.BATCH_AXES) > 0
 
     def _whole(self, emitted: Emitted) -> Emitted:
         """On every device, so that every host can read it."""

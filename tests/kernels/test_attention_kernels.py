@@ -225,6 +225,32 @@ def test_decode_equals_reference(options):
     assert (got[0] == 0).all() and jnp.isfinite(got).all()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, dict(window=6), dict(scale=0.5, soft_cap=0.7)], ids=["plain", "window", "cap"]
+)
+def test_decode_with_a_prefix_equals_one_cache_of_both(options):
+    """Two prefixes of two rows each, one of them empty; large numbers beyond every length."""
+    before, lengths = jnp.array([0, 9]), jnp.array([1, 13, 4, 27])
+    keys = jax.random.split(jax.random.key(1), 5)
+    q = jax.random.normal(keys[0], (4, N, H))
+    own = [jax.random.normal(key, (4, K, S, H)) for key in keys[1:3]]
+    shared = [jax.random.normal(key, (2, K, 12, H)) for key in keys[3:]]
+
+    def joined(prefix, rows):
+        parts = [(prefix[b // 2, :, : before[b // 2]], rows[b, :, : lengths[b]]) for b in range(4)]
+        whole = [jnp.concatenate(part, axis=1) for part in parts]
+        return jnp.stack([jnp.pad(x, ((0, 0), (0, 40 - x.shape[1]), (0, 0))) for x in whole])
+
+    k, v = (joined(prefix, rows) for prefix, rows in zip(shared, own))
+    want = reference.decode_attention(q, k, v, before.repeat(2) + lengths, **options)
+    junk = lambda x, n: jnp.where((jnp.arange(x.shape[2]) >= n[:, None])[:, None, :, None], 1e9, x)
+    prefix = (*(junk(x, before) for x in shared), before)
+    got = decode.decode_attention(
+        q, *(junk(x, lengths) for x in own), lengths, prefix=prefix, **options
+    )
+    assert_close(got, want)
+
+
 def test_decode_bfloat16():
     """Probabilities and the result are rounded to 2**-9 relative: 1 % of the largest entry."""
     keys = jax.random.split(jax.random.key(1), 3)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import VOCAB, tiny_model, tiny_params
 
+from jaxreason.model import cache as cache_lib
 from jaxreason.model.decoder import Execution
 
 LENGTHS = np.array([3, 12, 7])
@@ -13,16 +14,24 @@ PROMPT = 12  # right-padded
 
 
 def decode_greedily(model, params, tokens_BT):
-    """(logits [NEW, B, V] of each new token, the tokens [NEW, B])."""
-    logits_BV, cache = model.prefill(params, tokens_BT, jnp.asarray(LENGTHS), PROMPT + NEW)
+    """(logits [NEW, B, V] of each new token, the tokens [NEW, B]).
+
+    The prompts but for their last tokens are read in two chunks, of 4 positions and the rest.
+    """
     weights = model.decode_weights(params)
+    cache = cache_lib.empty(model.config, 3, PROMPT + NEW, model.dtype)
+    sizes_B = jnp.asarray(LENGTHS) - 1
+    cache = model.prefill(weights, tokens_BT[:, :4], jnp.minimum(sizes_B, 4), cache)
+    cache = model.prefill(weights, tokens_BT[:, 4:], sizes_B - cache.lengths_B, cache)
+    last_B = jnp.take_along_axis(tokens_BT, sizes_B[:, None], axis=1)[:, 0]
 
     def step(carry, _):
-        logits_BV, cache = carry
+        token_B, cache = carry
+        logits_BV, cache = model.decode(weights, token_B, cache)
         token_B = logits_BV.argmax(-1)
-        return model.decode(weights, token_B, cache), (logits_BV, token_B)
+        return (token_B, cache), (logits_BV, token_B)
 
-    return jax.lax.scan(step, (logits_BV, cache), None, length=NEW)[1]
+    return jax.lax.scan(step, (last_B, cache), None, length=NEW)[1]
 
 
 def test_decoding_equals_the_full_forward_pass():
@@ -60,3 +69,43 @@ def test_a_slot_does_not_read_its_neighbours():
     after, _ = run(params, changed_BT)
     np.testing.assert_array_equal(after[:, 1:], before[:, 1:])
     assert (after[:, 0] != before[:, 0]).any()
+
+
+def test_rows_of_a_prefix_decode_as_with_their_own():
+    """Two prompts, three rows each: prefix and cache beside it, or one cache with both."""
+    model, params, size = tiny_model(), tiny_params(), 16
+    weights = model.decode_weights(params)
+    random = np.random.default_rng(0)
+    prompt_PT = random.integers(0, VOCAB, (2, 7)).astype(np.int32)
+    prefix = model.prefill(
+        weights, prompt_PT, jnp.array([7, 4]), cache_lib.empty(model.config, 2, 7, model.dtype)
+    )
+    joined = model.prefill(
+        weights, prompt_PT.repeat(3, 0), jnp.array([7, 4]).repeat(3),
+        cache_lib.empty(model.config, 6, size, model.dtype),
+    )  # fmt: skip
+    own = cache_lib.empty(model.config, 6, size - 7, model.dtype)
+    for _ in range(5):
+        token_B = random.integers(0, VOCAB, 6)
+        logits_BV, own = model.decode(weights, token_B, own, prefix)
+        want_BV, joined = model.decode(weights, token_B, joined)
+        np.testing.assert_allclose(logits_BV, want_BV, atol=2e-5)
+
+
+def test_rows_are_copied_and_put_back():
+    """Only the positions from `start` on, and the lengths."""
+    config = tiny_model().config
+    fill = lambda rows, value: jax.tree.map(
+        lambda x: jnp.full_like(x, value), cache_lib.empty(config, rows, 8, jnp.float32)
+    )
+    whole, rows = fill(5, 1), jnp.array([3, 0])
+    part = cache_lib.take_rows(whole, rows, 6)
+    assert part.k[0].shape == (2, config.num_kv_heads, 6, config.head_dim)
+    part = jax.tree.map(lambda x: x + 1, part)
+    back = cache_lib.put_rows(whole, rows, part, jnp.array([2, 5]), 3)
+    for x_BKSH in (*back.k, *back.v):
+        changed_BS = (x_BKSH == 2).all((1, 3))
+        np.testing.assert_array_equal(np.flatnonzero(changed_BS[3]), [2, 3, 4])
+        np.testing.assert_array_equal(np.flatnonzero(changed_BS[0]), [3, 4, 5])  # within 6
+        assert (x_BKSH[jnp.array([1, 2, 4])] == 1).all()
+    np.testing.assert_array_equal(back.lengths_B, [2, 1, 1, 2, 1])

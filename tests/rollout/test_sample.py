@@ -1,4 +1,4 @@
-"""The batch sampler: what is drawn, from which distribution, and what is recorded of it."""
+"""One draw: what the filters keep, how often each token comes, and what is recorded of it."""
 
 import functools
 
@@ -6,143 +6,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_params
 
-from jaxreason.rollout.sample import _keep, build_generate, draw
+from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout.generate import build_generate
+from jaxreason.rollout.sample import Features, RowSampling, choose, draw, keep, logprobs
 from jaxreason.types import Sampling
 
-EOS = 3
-LIMIT = 16  # tokens of a completion
-MODEL = tiny_model(num_layers=1)
-PROMPTS = ("5 9 11", "7", "1 2 4 8 16 32 60 5 9")
-LONG = "1 2 4 8 16 32 60 5 9 13 21 22 2 7 9 9 10 31"  # over 16 tokens: a loop of its own
+
+def rows_of(samplings):
+    """Their numbers as arrays."""
+    column = lambda name, dtype: np.array([getattr(s, name) for s in samplings], dtype)
+    return RowSampling(
+        temperature_B=column("temperature", np.float32),
+        top_k_B=column("top_k", np.int32),
+        top_p_B=column("top_p", np.float32),
+        min_p_B=column("min_p", np.float32),
+        repetition_penalty_B=column("repetition_penalty", np.float32),
+    )
 
 
-def encode(text):
-    return [int(word) for word in text.split()]
+def kept_by(logp_BV, samplings):
+    e_BV = jnp.exp(logp_BV - logp_BV.max(-1, keepdims=True))
+    return np.asarray(keep(e_BV, rows_of(samplings), Features.of(samplings))) > 0
 
 
-def decode(ids):
-    return " ".join(map(str, ids))
-
-
-@functools.cache
-def params():
-    return jax.jit(MODEL.init)(jax.random.key(0))
-
-
-@functools.cache
-def sampler(rows):
-    return build_generate(MODEL, encode, decode, EOS, rows=rows)
-
-
-def samples(prompts=PROMPTS, seed=0, rows=16, **options):
-    """8 completions of each prompt: 24 rows, a full batch and a half empty one."""
-    sampling = Sampling(**{**dict(max_tokens=LIMIT, num_samples=8), **options})
-    return sampler(rows)(params(), prompts, sampling, jax.random.key(seed))
-
-
-def flat(completions):
-    return [completion for group in completions for completion in group]
-
-
-def test_the_end_of_sequence_is_kept_and_counted():
-    """Among 24 completions some end by themselves and some are cut."""
-    found = flat(samples())
-    assert len(found) == 24 and {c.truncated for c in found} == {True, False}
-    for c in found:
-        assert len(c.ids) == len(c.logprobs) == c.num_tokens <= LIMIT
-        assert (c.ids[-1] == EOS) is not c.truncated
-        assert EOS not in c.ids[:-1]
-        assert c.num_tokens == LIMIT or not c.truncated
-        assert c.text == decode(c.ids if c.truncated else c.ids[:-1])
-
-
-def test_the_same_key_repeats_and_another_does_not():
-    first, again, other = samples(), samples(), samples(seed=1)
-    assert first == again
-    assert all(a.ids != b.ids for a, b in zip(flat(first), flat(other)) if a.num_tokens > 3)
-
-
-def test_two_samples_of_a_prompt_differ():
-    for group in samples():
-        assert len({c.ids for c in group}) > 4
-
-
-def test_the_batch_size_changes_nothing():
-    """24 rows in batches of 16 and 8, or of 5, 5, 5, 5 and 4."""
-    for a, b in zip(flat(samples()), flat(samples(rows=5))):
-        assert a.ids == b.ids
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-
-
-def teacher_forced(prompts, completions, temperature=1.0):
-    """For each completion, what the trainer's forward pass says: (it, logprobs, argmax)."""
-    length = 40
-    pairs = [(encode(p), c) for p, group in zip(prompts, completions) for c in group]
-    full_BT = np.zeros((len(pairs), length + 1), np.int32)
-    for row, (prompt, c) in enumerate(pairs):
-        ids = [*prompt, *c.ids]
-        full_BT[row, : len(ids)] = ids
-
-    @jax.jit
-    def score(p):
-        tokens_BT = full_BT[:, :-1]
-        positions_BT = np.broadcast_to(np.arange(length), tokens_BT.shape)
-        h_BTD = MODEL.hidden(p, tokens_BT, np.ones_like(tokens_BT), positions_BT)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, MODEL.head_weight(p))
-        logp_BT = MODEL.logprobs(p, h_BTD, full_BT[:, 1:], temperature=temperature)[0]
-        return logp_BT, logits_BTV.argmax(-1)
-
-    logp_BT, best_BT = score(params())
-    for row, (prompt, c) in enumerate(pairs):
-        span = slice(len(prompt) - 1, len(prompt) - 1 + c.num_tokens)
-        yield c, logp_BT[row, span], best_BT[row, span]
-
-
-@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, top_k=20, top_p=0.9)], ids=str)
-def test_recorded_logprobs_are_the_trainers(options):
-    """At the sampling temperature and before any filter; float32 both, 1e-4 as peers.md asks."""
-    completions = samples(**options)
-    temperature = options.get("temperature", 1.0)
-    for c, logp_T, _ in teacher_forced(PROMPTS, completions, temperature):
-        np.testing.assert_allclose(c.logprobs, logp_T, atol=1e-4)
-
-
-def test_temperature_0_takes_the_most_probable_token():
-    """Also: prompts of two length buckets come back in the order they were given."""
-    prompts = (LONG, *PROMPTS)
-    completions = samples(prompts, temperature=0.0, num_samples=2)
-    assert all(first == second for first, second in completions)
-    for c, logp_T, best_T in teacher_forced(prompts, completions):
-        np.testing.assert_array_equal(c.ids, best_T)
-        np.testing.assert_allclose(c.logprobs, logp_T, atol=1e-4)
-
-
-# --- one draw -------------------------------------------------------------------------------------
-
-
-def kept_by_sorting(p_V, top_k, top_p):
-    """The definition: sort, keep top_k, keep the shortest prefix of the rest with mass >= top_p."""
-    order = np.argsort(-p_V, kind="stable")[: top_k or None]
-    if top_p == 1:
-        return set(order)
+def kept_by_sorting(p_V, s):
+    """The definition: keep top_k, of that the shortest prefix with mass >= top_p, then min_p."""
+    order = np.argsort(-p_V, kind="stable")[: s.top_k or None]
     mass = np.cumsum(p_V[order] / p_V[order].sum())
-    return set(order[: np.searchsorted(mass, top_p * (1 - 1e-7)) + 1])
+    if s.top_p < 1:
+        order = order[: np.searchsorted(mass, s.top_p * (1 - 1e-7)) + 1]
+    return {i for i in order if p_V[i] >= s.min_p * p_V.max() * (1 - 1e-6)}
+
+
+FILTERS = [
+    dict(top_p=0.95), dict(top_p=0.3), dict(top_p=0.999), dict(top_k=20), dict(top_k=1), dict(),
+    dict(top_k=50, top_p=0.8), dict(top_k=5000, top_p=0.5), dict(min_p=0.1), dict(min_p=1.0),
+    dict(top_k=30, top_p=0.9, min_p=0.05),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 50.0])  # flat to one peak
-@pytest.mark.parametrize(
-    "top_k, top_p", [(0, 0.95), (0, 0.3), (0, 0.999), (20, 1.0), (1, 1.0), (50, 0.8), (5000, 0.5)]
-)
-def test_filters_keep_what_sorting_keeps(spread, top_k, top_p):
+def test_filters_keep_what_sorting_keeps(spread):
+    """Every row with its own, in one batch."""
+    samplings = [Sampling(max_tokens=1, **options) for options in FILTERS for _ in range(4)]
     random = np.random.default_rng(0)
-    logp_BV = jax.nn.log_softmax(spread * random.normal(size=(8, 1000)).astype(np.float32))
-    kept_BV = _keep(logp_BV, Sampling(max_tokens=1, top_k=top_k, top_p=top_p))
-    for logp_V, kept_V in zip(np.asarray(logp_BV, np.float64), np.asarray(kept_BV)):
-        want, got = kept_by_sorting(np.exp(logp_V), top_k, top_p), set(np.flatnonzero(kept_V))
+    shape = (len(samplings), 1000)
+    logp_BV = jax.nn.log_softmax(spread * random.normal(size=shape).astype(np.float32))
+    p_BV = np.exp(np.asarray(logp_BV, np.float64))
+    for s, logp_V, p_V, kept_V in zip(samplings, logp_BV, p_BV, kept_by(logp_BV, samplings)):
+        want, got = kept_by_sorting(p_V, s), set(np.flatnonzero(kept_V))
+        got |= {i for i in want if np.exp(logp_V[i] - logp_V.max()) == 0}  # below float32: never
         # Where the mass of a prefix meets top_p to float32 rounding, either end is right.
-        assert want ^ got <= {min(want | got, key=lambda i: logp_V[i])}, (len(want), len(got))
+        assert want ^ got <= {min(want | got, key=lambda i: logp_V[i])}, (s, len(want), len(got))
 
 
 def test_equal_probabilities_are_kept_together():
@@ -152,31 +69,96 @@ def test_equal_probabilities_are_kept_together():
         (dict(top_k=2), [1, 1, 1, 0, 0]),
         (dict(top_p=0.4), [1, 0, 0, 0, 0]),
         (dict(top_p=1e-9), [1, 0, 0, 0, 0]),
+        (dict(min_p=0.5), [1, 1, 1, 0, 0]),
+        (dict(min_p=0.51), [1, 0, 0, 0, 0]),
     ):
-        kept_BV = _keep(logp_BV, Sampling(max_tokens=1, **options))
-        np.testing.assert_array_equal(kept_BV[0], want)
+        np.testing.assert_array_equal(
+            kept_by(logp_BV, [Sampling(max_tokens=1, **options)])[0], want
+        )
 
 
-def test_draws_follow_the_filtered_distribution():
-    """20,000 draws: each frequency within 5 standard deviations of its probability."""
-    n, logits_V = 20_000, jnp.array([2.0, 1.0, 0.0, 0.5, -1.0, 1.5])
-    sampling = Sampling(max_tokens=1, temperature=0.8, top_k=4)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(n))
-    token_B, logprob_B = jax.jit(draw, static_argnums=2)(
-        jnp.broadcast_to(logits_V, (n, 6)), keys, sampling
-    )
-    p_V = np.exp(logits_V / 0.8) * (np.asarray(logits_V) > 0.25)
-    p_V /= p_V.sum()
-    share_V = np.bincount(token_B, minlength=6) / n
-    assert (np.abs(share_V - p_V) <= 5 * np.sqrt(p_V * (1 - p_V) / n)).all()
-    want_B = jax.nn.log_softmax(logits_V / 0.8)[token_B]
-    np.testing.assert_allclose(logprob_B, want_B, atol=1e-6)
+def chi_square(counts_V, p_V):
+    """(statistic, its limit); cells of fewer than 5 expected are joined to one."""
+    expected_V = p_V * counts_V.sum()
+    small_V = expected_V < 5
+    join = lambda x_V: np.append(x_V[~small_V], x_V[small_V].sum())
+    counts, expected = join(counts_V), join(expected_V)
+    used = expected > 0
+    statistic = ((counts - expected)[used] ** 2 / expected[used]).sum()
+    degrees = max(int(used.sum()) - 1, 1)
+    # Wilson and Hilferty's approximation of the 99.9 % quantile.
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * np.sqrt(2 / (9 * degrees))) ** 3
+    return statistic, limit
+
+
+@functools.cache
+def sampled():
+    """600 first tokens of each sampling, of one mixed batch through the engine."""
+    generate = build_generate(tiny_model(), list, str, -1, EngineConfig(slots=512, group=64))
+    samplings = [Sampling(max_tokens=1, num_samples=600, **options) for options in MIXED]
+    found = generate(tiny_params(), [PROMPT] * len(MIXED), samplings, jax.random.key(0))
+    return [np.bincount([c.ids[0] for c in group], minlength=64) for group in found]
+
+
+PROMPT = [5, 9, 11]
+MIXED = [
+    dict(temperature=1.0), dict(temperature=0.5), dict(temperature=3.0), dict(top_k=7),
+    dict(temperature=2.0, top_p=0.6), dict(min_p=0.2), dict(top_k=20, top_p=0.8, temperature=1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(MIXED)), ids=[str(options) for options in MIXED])
+def test_frequencies_are_the_models_distribution(number):
+    model, params = tiny_model(), tiny_params()
+    tokens_1T = np.array([PROMPT])
+    h_1TD = model.hidden(params, tokens_1T, np.ones_like(tokens_1T), np.arange(3)[None])
+    logits_V = np.asarray(h_1TD[0, -1] @ model.head_weight(params).T, np.float64)
+    s = Sampling(max_tokens=1, **MIXED[number])
+    p_V = np.exp(logits_V / s.temperature - (logits_V / s.temperature).max())
+    keep_V = np.isin(np.arange(64), list(kept_by_sorting(p_V / p_V.sum(), s)))
+    p_V = p_V * keep_V / (p_V * keep_V).sum()
+    counts_V = sampled()[number]
+    assert not counts_V[p_V == 0].any()
+    statistic, limit = chi_square(counts_V, p_V)
+    assert statistic < limit
+    flat_V = keep_V / keep_V.sum()  # and the test can fail: the same counts are not of this one
+    assert chi_square(counts_V, flat_V)[0] > chi_square(counts_V, flat_V)[1]
+
+
+def test_the_draw_over_many_blocks():
+    """200,000 draws of 1,000 unequal weights, some of them 0: chi-square, and no 0 is drawn."""
+    random = np.random.default_rng(0)
+    weight_V = random.exponential(size=1000).astype(np.float32) * (random.random(1000) < 0.7)
+    n = 200_000
+
+    @jax.jit
+    def run(key):
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n // 50))
+        return choose(jnp.broadcast_to(weight_V, (n // 50, 1000)), keys)
+
+    drawn = np.concatenate([run(jax.random.key(i)) for i in range(50)])
+    counts_V = np.bincount(drawn, minlength=1000)
+    assert not counts_V[weight_V == 0].any()
+    statistic, limit = chi_square(counts_V, weight_V.astype(np.float64) / weight_V.sum(dtype=float))
+    assert statistic < limit
+
+
+def test_logprobs_are_of_the_unfiltered_distribution_at_the_temperature():
+    samplings = [Sampling(max_tokens=1, temperature=t, top_k=2) for t in (0.8, 2.0, 0.0)]
+    features = Features.of(samplings)
+    logits_BV = jnp.array([[2.0, 1.0, 0.0, 0.5, -1.0, 1.5]] * 3)
+    token_B = jnp.array([5, 0, 0])
+    found_B = logprobs(logits_BV, token_B, rows_of(samplings), features)
+    for b, t in enumerate((0.8, 2.0, 1.0)):
+        want = jax.nn.log_softmax(logits_BV[b] / t)[token_B[b]]
+        np.testing.assert_allclose(found_B[b], want, atol=1e-6)
 
 
 def test_what_has_no_probability_is_never_drawn():
     """-inf marks the entries of the table that the tokenizer does not fill."""
-    logits_BV = jnp.where(jnp.arange(64) < 3, 0.0, -jnp.inf) * jnp.ones((4096, 1))
-    keys = jax.random.split(jax.random.key(0), 4096)
-    for options in ({}, dict(top_k=10), dict(top_p=0.99), dict(temperature=0.0)):
-        token_B, _ = draw(logits_BV, keys, Sampling(max_tokens=1, **options))
+    logits_BV = jnp.where(jnp.arange(64) < 3, 0.0, -jnp.inf) * jnp.ones((1024, 1))
+    keys = jax.random.split(jax.random.key(0), 1024)
+    for options in ({}, dict(top_k=10), dict(top_p=0.99), dict(temperature=0.0), dict(min_p=0.5)):
+        samplings = [Sampling(max_tokens=1, **options)] * 1024
+        token_B = draw(logits_BV, keys, rows_of(samplings), Features.of(samplings))
         assert token_B.max() < 3, options
