@@ -27,9 +27,11 @@ def tiny_model(
     mesh: Mesh | None = None,
     valid_vocab: int | None = None,
     execution: Execution = QUICK,
+    value_head: bool = False,
     **changes,
 ) -> LanguageModel:
-    return LanguageModel(DecoderConfig(**{**CONFIG, **changes}), execution, mesh, valid_vocab)
+    config = DecoderConfig(**{**CONFIG, **changes})
+    return LanguageModel(config, execution, mesh, valid_vocab, value_head)
 
 
 @functools.cache

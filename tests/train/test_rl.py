@@ -74,25 +74,32 @@ def collector(reward=even_start, generate=GENERATE, **changes):
     )
 
 
-def run(workdir, *, collect=None, train_step=TRAIN_STEP, **changes):
-    """rl.train() in this workdir, everything but the compiled parts built anew."""
-    config = rl.RLConfig(
-        **{**dict(steps=STEPS, updates=2, save_every=2, samples_every=1), **changes}
-    )
+JOB = dict(
+    stage="rl", algorithm=ALGORITHM, model=MODEL, optimizer=OPTIMIZER, train_step=TRAIN_STEP,
+    score=SCORE, rows=RowsConfig(length=16, multiple=4, pad_id=TOKENIZER.pad_id), seed=0,
+)  # fmt: skip
+
+
+def run(workdir, *, collect=None, params=first_params, reference=None, **changes):
+    """rl.train() in this workdir, everything but the compiled parts built anew.
+
+    `changes` are fields of the RLConfig or of the RL job.
+    """
+    fields = {field.name for field in dataclasses.fields(rl.RLConfig)}
+    own = {name: value for name, value in changes.items() if name in fields}
+    config = rl.RLConfig(**{**dict(steps=STEPS, updates=2, save_every=2, samples_every=1), **own})
     if config.asynchronous:
         config = dataclasses.replace(config, max_mult_prob_error=2.0)
+    job = {**JOB, **{name: value for name, value in changes.items() if name not in fields}}
     writer = MetricsWriter(workdir)
     try:
         with Store(workdir / "checkpoints", keep=10) as store:
-            job = rl.RL(
-                stage="rl", config=config, algorithm=ALGORITHM,
-                rows=RowsConfig(length=16, multiple=4, pad_id=TOKENIZER.pad_id),
-                model=MODEL, optimizer=OPTIMIZER, train_step=train_step, score=SCORE,
-                collector=collect or collector(), store=store, writer=writer,
+            whole = rl.RL(
+                **job, config=config, collector=collect or collector(), store=store, writer=writer,
                 progress=Progress(rich.console.Console(file=io.StringIO())),
-                samples=workdir / "samples.jsonl", seed=0,
+                samples=workdir / "samples.jsonl",
             )  # fmt: skip
-            return rl.train(job, jax.random.key(0), first_params)
+            return rl.train(whole, jax.random.key(0), params, reference)
     finally:
         writer.close()
 
@@ -283,6 +290,57 @@ def test_the_difficulty_of_a_prompt_is_what_was_solved_of_it():
     rollout = collect.collect(Rollout(1), first_params())
     for group in rollout.groups:
         assert collect.prompts.solve_rate(group.prompt.id) == pytest.approx(np.mean(group.rewards))
+
+
+# --- entropy, iterations, evaluation, references and critics --------------------------------------
+
+
+def test_the_entropy_coefficient_rises_under_its_target_and_is_kept(tmp_path):
+    """Adaptive entropy: 0.005 a step while the entropy is under 100 nats; the batch carries it."""
+    seen = []
+
+    def train_step(state, batch, frozen):
+        seen.append(float(np.asarray(batch.entropy_coef_B)[0]))
+        return TRAIN_STEP(state, batch, frozen)
+
+    run(tmp_path, train_step=train_step, entropy_target=100.0, steps=2, updates=1)
+    run(tmp_path, train_step=train_step, entropy_target=100.0, steps=3, updates=1)
+    assert seen == pytest.approx([0.0, 0.005, 0.01])
+
+
+def test_a_rollout_can_be_gone_over_twice(tmp_path):
+    state, _ = run(tmp_path, steps=2, num_iterations=2)
+    assert state.step == 2 * 2 * 2
+    assert len(log(tmp_path)) == 2
+
+
+def test_evaluation_comes_every_so_many_steps_and_at_the_end(tmp_path):
+    evaluate = lambda params: {"eval/x/avg@4": float(optax.tree.norm(params))}
+    run(tmp_path, evaluate=evaluate, evaluate_every=2, steps=3)
+    assert ["eval/x/avg@4" in record for record in log(tmp_path)] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["grpo", "reinforce_pp", "ppo"])
+def test_algorithms_with_a_reference_or_a_critic(tmp_path, name):
+    """The reference is where training began: the KL is 0 at the first update and grows from it."""
+    algorithm = PRESETS[name]
+    model = tiny_model(
+        vocab_size=TOKENIZER.vocab_size, num_layers=1, value_head=algorithm.needs_values
+    )
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), model.axes)
+    step = make_train_step(
+        model, algorithm.policy, optimizer, make_schedule(OptimizerConfig(), 2), clip_norm=1.0
+    )
+    state, _ = run(
+        tmp_path, algorithm=algorithm, model=model, optimizer=optimizer, train_step=step,
+        score=rl.make_score(model, algorithm.policy), reference=first_params,
+        params=lambda: model.with_value_head(first_params()), steps=2, updates=1,
+    )  # fmt: skip
+    first, second = log(tmp_path)
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+    if algorithm.needs_values:
+        assert first["value_loss"] > 0
+        assert np.abs(state.params["value_head"]["bias"]).max() > 0
 
 
 # --- what stops a run -----------------------------------------------------------------------------
