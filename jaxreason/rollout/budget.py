@@ -54,7 +54,8 @@ def control(budget: Budget, drawn_B: jax.Array, thinking: ThinkingIds):
     """(token_B, forced_B, removed_B, budget): what stands in place of the drawn tokens.
 
     removed_B are ids to take back first: the beginning of a closing tag of several ids that was
-    drawn, and is replaced by "Wait" as a whole.
+    drawn, and is replaced by "Wait" as a whole. Only the log-probability of that "Wait" is then one
+    after the tag's beginning; it was not drawn, and nothing is learnt from it.
     """
     scripts = [*(thinking.ends[w] for w in WORDINGS), thinking.wait]
     longest = max(map(len, scripts))

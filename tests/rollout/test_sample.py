@@ -57,7 +57,7 @@ def test_filters_keep_what_sorting_keeps(spread):
     p_BV = np.exp(np.asarray(logp_BV, np.float64))
     for s, logp_V, p_V, kept_V in zip(samplings, logp_BV, p_BV, kept_by(logp_BV, samplings)):
         want, got = kept_by_sorting(p_V, s), set(np.flatnonzero(kept_V))
-        got |= {i for i in want if np.exp(logp_V[i] - logp_V.max()) == 0}  # below float32: never
+        got |= {i for i in want if logp_V[i] < logp_V.max() - 87}  # 0 in float32, never drawn
         # Where the mass of a prefix meets top_p to float32 rounding, either end is right.
         assert want ^ got <= {min(want | got, key=lambda i: logp_V[i])}, (s, len(want), len(got))
 
@@ -69,7 +69,7 @@ def test_equal_probabilities_are_kept_together():
         (dict(top_k=2), [1, 1, 1, 0, 0]),
         (dict(top_p=0.4), [1, 0, 0, 0, 0]),
         (dict(top_p=1e-9), [1, 0, 0, 0, 0]),
-        (dict(min_p=0.5), [1, 1, 1, 0, 0]),
+        (dict(min_p=0.49), [1, 1, 1, 0, 0]),
         (dict(min_p=0.51), [1, 0, 0, 0, 0]),
     ):
         np.testing.assert_array_equal(
