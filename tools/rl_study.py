@@ -10,10 +10,13 @@ dapo:rollout.filter_zero_std=false; grpo:rewards.accuracy.weight=-1 is the wrong
 """
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # no installation needed
@@ -31,6 +34,7 @@ from jaxreason.launch import load_config
 from jaxreason.report.summary import read_lines, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+_WORKERS: dict[int, int] = {}  # thread -> which share of the cores its runs have
 
 
 def main() -> None:
@@ -41,10 +45,12 @@ def main() -> None:
         "algorithm", "start", "final", "gain", "95 %", "steps", "seconds a run"
     )
     results = {}
+    pairs = [(name, seed) for name in args.algorithms for seed in args.seeds]
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        done = list(pool.map(lambda pair: _run(args, *pair, passed_on, console), pairs))
     for name in args.algorithms:
-        runs = [_run(args, name, seed, passed_on, console) for seed in args.seeds]
-        results[name] = _compare(start, runs)
-        row = results[name]
+        runs = [run for (own, _), run in zip(pairs, done, strict=True) if own == name]
+        row = results[name] = _compare(start, runs)
         low, high = row["ci"]
         table.add_row(
             name, f"{row['start']:.3f}", f"{row['final']:.3f}", f"{row['gain']:+.3f}",
@@ -69,16 +75,26 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/rl_study"))
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on CPU a core each")
     return parser.parse_args(own), passed_on
 
 
-def _launch(workdir: pathlib.Path, *flags: str) -> float:
+def _launch(args: argparse.Namespace, workdir: pathlib.Path, *flags: str) -> float:
     """Runs to the end, or finds that it has; seconds this time. Raises when it fails."""
     began = time.monotonic()
     workdir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "jaxreason.launch", *flags, f"--workdir={workdir}"]
+    share = None
+    if args.jobs > 1:  # a core each is faster than all of them for everybody
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[
+            _WORKERS.setdefault(threading.get_ident(), len(_WORKERS)) % args.jobs :: args.jobs
+        ]
+        share = lambda: os.sched_setaffinity(0, mine)
     with workdir.with_suffix(".log").open("a") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=share
+        ).returncode
     if code:
         raise SystemExit(f"exit code {code}: see {workdir.with_suffix('.log')}")
     return time.monotonic() - began
@@ -93,7 +109,7 @@ def _evaluate(args: argparse.Namespace) -> np.ndarray:
         for key, value in config.eval.sets.arithmetic.items()
     ]
     workdir = args.out / "start"
-    _launch(workdir, "--config=eval:arithmetic", f"--config.init.from={args.start}", *flags)
+    _launch(args, workdir, "--config=eval:arithmetic", f"--config.init.from={args.start}", *flags)
     return _accuracies(workdir)
 
 
@@ -102,7 +118,7 @@ def _run(args, name: str, seed: int, passed_on: list[str], console) -> dict:
     workdir = args.out / f"{name.replace(':', '-').replace('/', '-')}-{seed}"
     own = [f"--config.{switch}" for switch in switches.split(",") if switch]
     seconds = _launch(
-        workdir, "--config=rl", f"--config.init.from={args.start}", f"--config.seed={seed}",
+        args, workdir, "--config=rl", f"--config.init.from={args.start}", f"--config.seed={seed}",
         f"--config.train.algorithm={algorithm}", *passed_on, *own,
     )  # fmt: skip
     records = [r for r in read_metrics(workdir) if r["stage"] == "rl"]
