@@ -154,7 +154,7 @@ def _samples(records: list[dict]) -> np.ndarray:
 
 def _curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(step, groups drawn so far, mean reward of all that was drawn, smoothed over 5 steps)."""
-    rewards = np.array([r["rollout/generated_reward"] for r in records])
+    rewards = np.array([r["reward"] for r in records])
     kernel = np.ones(min(5, len(rewards)))
     smooth = np.convolve(rewards, kernel, "same") / np.convolve(
         np.ones_like(rewards), kernel, "same"

@@ -225,15 +225,15 @@ def run_stage(run: Run, stage: RLStage) -> None:
         )
         _, tokens = train(job, key, params, reference if stage.algorithm.needs_reference else None)
     records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
-    learnt = [record for record in records if "reward" in record]
+    learnt = [record for record in records if "loss" in record]
     workdir.mark(
         stage.name,
         {
             "steps": stage.steps,
             "tokens": int(tokens),
             "final_loss": learnt[-1].get("loss") if learnt else None,
-            "first_reward": learnt[0]["reward"] if learnt else None,
-            "final_reward": learnt[-1]["reward"] if learnt else None,
+            "first_reward": records[0]["reward"],
+            "final_reward": records[-1]["reward"],
             "skipped": records[-1]["rollout/skipped"],
             "seconds": round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0),
         },

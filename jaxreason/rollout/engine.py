@@ -213,7 +213,7 @@ class Engine:
         return State(state.pool, slots, jax.tree.map(put, state.rows, new)), emitted
 
     def _over_lanes(self, lane: Callable, *args):
-        """Runs `lane` for each part of the mesh on its rows; heads and features stay as they lie."""
+        """Runs `lane` for each part of the mesh on its rows; other dims stay as they lie."""
         if self.mesh is None:
             return lane(*args)
         rows = PartitionSpec(rules.BATCH_AXES)

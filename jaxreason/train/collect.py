@@ -39,6 +39,7 @@ class Rollout:
     gen_batches: int = 0
     generated: int = 0  # groups, with those that were dropped
     earned: float = 0.0  # the sum of their mean rewards
+    agreed: int = 0  # of them, those whose rewards were all the same
     prompts: dict[str, float] = dataclasses.field(default_factory=dict)  # the stream's stats after
     began: float = 0.0  # seconds of time.perf_counter
     ended: float = 0.0
@@ -50,13 +51,14 @@ class Rollout:
             "gen_batches": self.gen_batches,
             "generated": self.generated,
             "earned": self.earned,
+            "agreed": self.agreed,
             "prompts": self.prompts,
         }
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Rollout":
         groups = [Group.from_json(group) for group in content["groups"]]
-        names = ("step", "gen_batches", "generated", "earned", "prompts")
+        names = ("step", "gen_batches", "generated", "earned", "agreed", "prompts")
         return cls(groups=groups, **{name: content[name] for name in names})
 
 
@@ -110,6 +112,7 @@ class Collector:
             rollout.gen_batches += 1
             rollout.generated += len(drawn)
             rollout.earned += sum(sum(g.rewards) / len(g.rewards) for g in drawn)
+            rollout.agreed += sum(not g.varied for g in drawn)
             kept = [g for g in drawn if g.varied] if self.config.filter_zero_std else drawn
             rollout.groups = (rollout.groups + kept)[: self.config.num_prompts]
             rollout.prompts = self.prompts.stats()

@@ -39,7 +39,7 @@ class RLConfig:
     entropy_coef: float = 0.0  # of the entropy bonus; where it starts when there is a target
     entropy_target: float | None = None  # nats a token; None: the coefficient stays as it is
     entropy_step: float = 0.005
-    log_every: int = 1
+    log_every: int = 1  # steps between two lines on the terminal; metrics.jsonl has every step
     save_every: int = 20
     evaluate_every: int = 0  # 0: never inside the stage
     samples_every: int = 10  # steps between those whose groups go into samples.jsonl
@@ -351,11 +351,15 @@ def _check_mismatch(job: RL, rollout: Rollout, values: dict[str, float]) -> None
 
 
 def _rollout_values(rollout: Rollout) -> dict[str, float]:
+    """`reward` and `frac_reward_zero_std` are of all groups drawn, the rest of those kept."""
     values = statistics(rollout.groups) if rollout.groups else {}
+    if values:
+        values["rollout/kept_reward"] = values["reward"]
     return values | {
+        "reward": rollout.earned / rollout.generated,
+        "frac_reward_zero_std": rollout.agreed / rollout.generated,
         "rollout/gen_batches": rollout.gen_batches,
         "rollout/generated_groups": rollout.generated,
-        "rollout/generated_reward": rollout.earned / rollout.generated,  # before any is dropped
         **{f"prompts/{name}": value for name, value in rollout.prompts.items()},
     }
 
@@ -365,13 +369,12 @@ def _report(job: RL, step: int, values: dict[str, float], rollout: Rollout) -> N
     memory = peak_memory_gib()
     if memory is not None:
         values["perf/peak_memory_gib"] = memory
+    job.writer.write(job.stage, step, values)
     if step % config.log_every == 0 or step == config.steps:
-        job.writer.write(job.stage, step, values)
-        if "reward" in values:
-            detail = f"reward {values['reward']:.3f}  "
+        detail = f"reward {values['reward']:.3f}  "
+        if rollout.groups:
             detail += f"length {values['completions/mean_length']:.0f}  "
-            detail += f"{values['perf/step_time']:.1f} s a step"
-            job.progress.update(step, detail)
+        job.progress.update(step, detail + f"{values['perf/step_time']:.1f} s a step")
     if step % config.samples_every == 0 or step in (1, config.steps):
         with job.samples.open("a") as file:
             for group in rollout.groups:
