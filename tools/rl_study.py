@@ -170,13 +170,13 @@ def _plot(args: argparse.Namespace, results: dict, path: pathlib.Path) -> None:
         rewards = np.array([curve[2] for curve in result["curves"]])
         drawn = np.mean([curve[1] for curve in result["curves"]], axis=0)
         for axis, x in zip(axes, (steps, drawn), strict=True):
-            (line,) = axis.plot(
-                x, rewards.mean(0), label=name, linestyle="-" if index < 7 else "--"
-            )
+            style = "-" if index < 7 else "--"
+            label = name if len(name) <= 36 else f"{name[:35]}…"
+            (line,) = axis.plot(x, rewards.mean(0), label=label, linestyle=style)
             axis.fill_between(x, rewards.min(0), rewards.max(0), alpha=0.15, color=line.get_color())
     axes[0].set(xlabel="step", ylabel="mean reward of all samples drawn")
     axes[1].set(xlabel="groups drawn")
-    axes[0].legend(fontsize=8, ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(f"{len(args.seeds)} seeds from {args.start}: mean and range")
     figure.savefig(path, dpi=110)
 
