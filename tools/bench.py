@@ -1,6 +1,6 @@
-"""Speed of the train step, decoding and the data, beside transformers where it is installed.
+"""Speed of training, decoding, rollouts and the data, beside transformers where it is installed.
 
-  python tools/bench.py train decode data --json=bench.json
+  python tools/bench.py train decode rollout data --json=bench.json
 
 Ours and theirs run in one process, in turn (A B A B), on the same weights and shapes, after a check
 that both compute the same: the losses of the first updates, the greedy tokens. The table gives
@@ -42,12 +42,15 @@ from jaxreason.rollout.engine import EngineConfig
 from jaxreason.rollout.generate import build_generate
 from jaxreason.train import optim, state
 from jaxreason.train.step import make_train_step
-from jaxreason.types import Batch, Sampling
+from jaxreason.types import Batch, Params, Sampling
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 Run = Callable[[], int]  # does the work, returns the tokens it made
 NO_EOS = -1  # an id that no token has: every completion runs to its limit
 DECODE_ROWS, PROMPT, NEW = 64, 16, 64
+# Requests, lengths of their prompts, tokens of their completions; the batches that the peer tries.
+REQUESTS, PROMPTS, LIMITS, BATCHES = 256, (16, 64), (16, 512), (32, 64, 128, 256)
+GROUP, GROUP_PROMPT, GROUP_NEW = 16, 256, 64  # samples of one prompt, its length, their length
 ROUND_SECONDS = 0.5  # at least, for each side of a round
 OPTIMIZER = optim.OptimizerConfig(learning_rate=1e-4, schedule="constant")
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "torch", "transformers")
@@ -64,19 +67,20 @@ class Case:
     train_goal: float
     decode_goal: float
     feeds: dict[str, str]  # data: name -> the shipped config (and stage) that names the source
+    rollout_goal: float = 3.0
 
 
 CASES = {
     # The quickstart's model and its long-CoT batch (tests/tools/test_bench.py holds it to that).
     "tiny": Case(
         "tiny", preset("qwen3-tiny", vocab_size=261), 48, 160, 0.95, 2.0,
-        {"sft_cot": "quickstart:smoke"},
+        {"sft_cot": "quickstart:smoke"}, 4.0,
     ),
     "10m": Case(
         "10m", preset("qwen3-10m"), 8, 256, 0.95, 1.5, {"books": "pretrain", "gsm8k": "sft"}
     ),
 }  # fmt: skip
-DATA_GOAL = 10.0
+DATA_GOAL, SHARING_GOAL = 10.0, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +155,16 @@ def main(argv: list[str] | None = None) -> None:
 # ------------------------------------------------------------------------------- measuring
 
 
-def in_turn(settings: Settings, ours: Run, theirs: Run | None) -> dict[str, list[float]]:
-    """The lists of a Result. Both have run before; each side of a round lasts ROUND_SECONDS."""
+def in_turn(
+    settings: Settings, ours: Run, theirs: Run | None, long: bool = False
+) -> dict[str, list[float]]:
+    """The lists of a Result. Both have run before; each side of a round lasts ROUND_SECONDS.
+
+    A `long` run lasts them by itself, and is not repeated to find that out.
+    """
     runs = {"ours": ours} if theirs is None else {"ours": ours, "theirs": theirs}
-    repeats = {name: math.ceil(ROUND_SECONDS / _fastest(run, 2)) for name, run in runs.items()}
+    needed = lambda run: 1 if long else math.ceil(ROUND_SECONDS / _fastest(run, 2))
+    repeats = {name: needed(run) for name, run in runs.items()}
     found = {"ours": [], "ours_cpu": [], "theirs": [], "theirs_cpu": []}
     for number in range(settings.rounds):
         if number and time.monotonic() > settings.deadline:
@@ -167,12 +177,13 @@ def in_turn(settings: Settings, ours: Run, theirs: Run | None) -> dict[str, list
     return found
 
 
-def best_variant(variants: dict[str, Run]) -> tuple[str, Run]:
-    """The fastest by its best of three runs, after one that warms it."""
+def best_variant(variants: dict[str, Run], long: bool = False) -> tuple[str, Run]:
+    """The fastest by its best of three runs, after one that warms it; a `long` one runs once."""
     seconds = {}
     for name, run in variants.items():
-        run()
-        seconds[name] = _fastest(run, 3)
+        if not long:
+            run()
+        seconds[name] = _fastest(run, 1 if long else 3)
     name = min(seconds, key=seconds.get)
     return name, variants[name]
 
@@ -277,9 +288,7 @@ def random_batch(case: Case) -> Batch:
 
 def bench_decode(case: Case, settings: Settings) -> list[Result | str]:
     """Equal prompts, greedy, a fixed number of tokens; from ids to `Completion`s, with prefill."""
-    model = language_model(case)
-    # Layers 5 times their initial size: clear winners, so that both sides choose the same tokens.
-    params = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model.init(jax.random.key(0)))
+    model, params = clear_model(case)
     generate = build_generate(model, list, str, NO_EOS, EngineConfig(slots=DECODE_ROWS))
     prompts = np.random.default_rng(0).integers(0, 256, (DECODE_ROWS, PROMPT)).tolist()
     sampling, key = Sampling(max_tokens=NEW, temperature=0.0), jax.random.key(0)
@@ -303,6 +312,80 @@ def bench_decode(case: Case, settings: Settings) -> list[Result | str]:
         variant, theirs = best_variant({n: lambda m=m: m().size for n, m in made.items()})
         same = f"{variant}; same tokens in {DECODE_ROWS - len(gaps)} of {DECODE_ROWS} rows"
         return [Result(**result, **in_turn(settings, ours, theirs), peer=same)]
+
+
+def clear_model(case: Case) -> tuple[LanguageModel, Params]:
+    """Layers 5 times their initial size: clear winners, so that both sides choose the same."""
+    model = language_model(case)
+    return model, jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model.init(jax.random.key(0)))
+
+
+# -------------------------------------------------------------------------------- rollout
+
+
+def bench_rollout(case: Case, settings: Settings) -> list[Result | str]:
+    """Requests of mixed lengths that all run to their own limit, greedy, from ids to `Completion`s.
+
+    The peer takes them in the order they come, in its best batch, each batch to its longest row, or
+    by its continuous batching. Then the samples of one prompt, with and without a shared prefix.
+    """
+    model, params = clear_model(case)
+    prompts, limits = rollout_requests()
+    samplings = [Sampling(max_tokens=n, temperature=0.0, ignore_eos=True) for n in limits]
+    generate, key = build_generate(model, list, str, NO_EOS), jax.random.key(0)
+    settings = dataclasses.replace(settings, rounds=min(settings.rounds, 3))
+    shape = f"{REQUESTS} x ({PROMPTS[0]}-{PROMPTS[1]} + {LIMITS[0]}-{LIMITS[1]})"
+    result = dict(suite="rollout", case=case.name, shape=shape, goal=case.rollout_goal)
+
+    def ours() -> int:
+        return sum(row[0].num_tokens for row in generate(params, prompts, samplings, key))
+
+    found = [row[0].ids for row in generate(params, prompts, samplings, key)]
+    sharing = _bench_sharing(case, settings, model, params)
+    reason = peers.missing()
+    if reason:
+        return [Result(**result, **in_turn(settings, ours, None, long=True), peer=reason), sharing]
+    with peers.load(case.config, params, bfloat16=not on_cpu()) as peer:
+        runs = peers.rollouts(peer, prompts, limits, BATCHES)
+        theirs, first = runs[f"generate by {BATCHES[0]}"](), slice(0, BATCHES[0])
+        gaps = peers.first_differences(peer, prompts[first], *_padded(found[first], theirs[first]))
+        if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
+            raise SystemExit(f"error: {len(gaps)} rows have other tokens, by gaps of {gaps}")
+        total = lambda run: lambda: sum(map(len, run()))
+        name, theirs = best_variant({n: total(run) for n, run in runs.items()}, long=True)
+        name += f"; same tokens in {BATCHES[0] - len(gaps)} of {BATCHES[0]} rows"
+        return [Result(**result, **in_turn(settings, ours, theirs, long=True), peer=name), sharing]
+
+
+def rollout_requests() -> tuple[list[list[int]], list[int]]:
+    """(prompts, tokens of each completion), the same every time."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(PROMPTS[0], PROMPTS[1] + 1, REQUESTS)
+    limits = rng.integers(LIMITS[0], LIMITS[1] + 1, REQUESTS)
+    return [rng.integers(0, 256, n).tolist() for n in sizes], limits.tolist()
+
+
+def _padded(*sides: list) -> tuple[np.ndarray, ...]:
+    longest = max(len(ids) for side in sides for ids in side)
+    return tuple(np.array([[*ids, *[0] * (longest - len(ids))] for ids in side]) for side in sides)
+
+
+def _bench_sharing(case: Case, settings: Settings, model: LanguageModel, params: Params) -> Result:
+    prompt = np.random.default_rng(0).integers(0, 256, GROUP_PROMPT).tolist()
+    sampling = Sampling(max_tokens=GROUP_NEW, ignore_eos=True, num_samples=GROUP)
+
+    def run(share: bool) -> Run:
+        config = EngineConfig(share_prefix=share)
+        generate = build_generate(model, list, str, NO_EOS, config)
+        ids = lambda: [c.ids for c in generate(params, [prompt], sampling, jax.random.key(0))[0]]
+        return lambda: sum(map(len, ids()))
+
+    shared, alone = run(True), run(False)
+    shared(), alone()
+    return Result(
+        "rollout", case.name, f"{GROUP} samples of {GROUP_PROMPT} + {GROUP_NEW}", SHARING_GOAL,
+        **in_turn(settings, shared, alone), peer="ours, no prefix shared",
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- data
@@ -353,7 +436,12 @@ def _bench_feed(case: Case, settings: Settings, feed: str, eaten: Run) -> Result
     return Result("data", f"{case.name} {feed}", shape, DATA_GOAL, **found, peer="our train step")
 
 
-SUITES = {"train": bench_train, "decode": bench_decode, "data": bench_data}
+SUITES = {
+    "train": bench_train,
+    "decode": bench_decode,
+    "rollout": bench_rollout,
+    "data": bench_data,
+}
 
 
 # --------------------------------------------------------------------------------- report

@@ -8,7 +8,7 @@ import importlib.util
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -128,6 +128,59 @@ def generators(model, prompts: list[list[int]], new: int) -> dict[str, Callable[
         return out[:, ids.shape[1] :].cpu().numpy()
 
     return {name: lambda options=options: run(options) for name, options in caches.items()}
+
+
+def rollouts(
+    model, prompts: list[list[int]], limits: list[int], batches: Sequence[int]
+) -> dict[str, Callable[[], list[list[int]]]]:
+    """{variant: greedy generation of its own number of tokens for each prompt -> their ids}."""
+    import torch
+
+    model.eval()
+
+    def by(size: int) -> list[list[int]]:
+        found = []
+        for start in range(0, len(prompts), size):
+            part, wanted = prompts[start : start + size], limits[start : start + size]
+            longest, new = max(map(len, part)), max(wanted)
+            left = [longest - len(p) for p in part]
+            ids = torch.tensor([[0] * n + p for n, p in zip(left, part)], device=model.device)
+            mask = torch.tensor(
+                [[0] * n + [1] * len(p) for n, p in zip(left, part)], device=model.device
+            )
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+            rows = out[:, longest:].tolist()
+            found += [row[:n] for row, n in zip(rows, wanted)]
+        return found
+
+    runs = {f"generate by {size}": lambda size=size: by(size) for size in batches}
+    return runs | {"continuous batching": lambda: _continuously(model, prompts, limits)}
+
+
+def _continuously(model, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+    """transformers' own continuous batching, with room for all requests at once."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    page = 256
+    blocks = sum(-(-(len(p) + n) // page) for p, n in zip(prompts, limits))
+    manager = model.continuous_batching_context_manager(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=page, num_blocks=blocks + 8, max_batch_tokens=1024
+        ),
+        block=True,
+        timeout=5,
+    )
+    found = {}
+    with manager as running:
+        names = [running.add_request(p, max_new_tokens=n) for p, n in zip(prompts, limits)]
+        while len(found) < len(names):
+            result = running.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                found[result.request_id] = result.generated_tokens
+            elif result is None and not running.is_running():
+                raise RuntimeError("transformers' continuous batching ended before its requests")
+    return [found[name] for name in names]
 
 
 def first_differences(model, prompts: list[list[int]], ours: np.ndarray, theirs: np.ndarray):
