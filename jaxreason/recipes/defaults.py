@@ -11,6 +11,7 @@ from jaxreason.data.sources import SourceConfig
 from jaxreason.model.config import DecoderConfig
 from jaxreason.objectives.advantage import Advantage
 from jaxreason.objectives.policy import PolicyGradient
+from jaxreason.parallel.mesh import AXES
 from jaxreason.train.optim import OptimizerConfig
 
 
@@ -130,6 +131,9 @@ def rl_config() -> dict:
             "asynchronous": False,  # step n + 1 is sampled while step n is learnt from
             "max_mult_prob_error": 1.05,
             "slots": 256,
+            "mesh": {  # the sampler's, where it is not the trainer's: an axis left out is 1
+                axis: config_dict.placeholder(int) for axis in AXES
+            },
             "samples_every": 10,
         },
         "train": {

@@ -10,6 +10,7 @@ from jaxreason.data import prompts as prompts_lib
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.objectives.policy import PRESETS, Algorithm
 from jaxreason.parallel import rules
+from jaxreason.parallel.mesh import AXES, make_mesh
 from jaxreason.recipes import assemble, checkpoints, evaluation
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
@@ -158,6 +159,17 @@ def model_of(run: Run, stage: RLStage) -> LanguageModel:
     return assemble.language_model(run.config, run.model.config, run.tokenizer, value_head=True)
 
 
+def sampler_of(run: Run, stage: RLStage, model: LanguageModel) -> LanguageModel:
+    """The model as it samples: the trainer's, or the same on `rollout.mesh`."""
+    shape = {k: v for k, v in stage.section.rollout.mesh.items() if v is not None}
+    if not shape:
+        return model
+    mesh = make_mesh({axis: shape.get(axis, 1) for axis in AXES})
+    return LanguageModel(
+        model.config, model.execution, mesh, run.tokenizer.vocab_size, model.value_head
+    )
+
+
 def run_stage(run: Run, stage: RLStage) -> None:
     """Learns, resuming where it was, and leaves the stage's done marker."""
     config, workdir = run.config, run.workdir
@@ -195,7 +207,10 @@ def run_stage(run: Run, stage: RLStage) -> None:
             prompts=_open_prompts(stage, reward, workdir, say=run.progress.say),
             encode=encode,
             generate=evaluation.generator(
-                config, run.tokenizer, model, stage.section.rollout.slots
+                config,
+                run.tokenizer,
+                sampler_of(run, stage, model),
+                stage.section.rollout.slots,
             ),
             reward=reward,
             solved_by=stage.section.rollout.solved_by,

@@ -7,6 +7,7 @@ import jax
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.rollout.engine import Engine, EngineConfig
 from jaxreason.rollout.flight import Flight, Prompt, Request
+from jaxreason.rollout.sync import place
 from jaxreason.text.chat import ThinkingIds
 from jaxreason.types import Completion, Params, Sampling
 
@@ -55,7 +56,7 @@ def build_generate(
         prompt_ids = [list(encode(prompt)) for prompt in prompts]
         requests = _requests(prompt_ids, samplings, config.share_prefix, engine.lanes)
         found: dict[tuple[int, int], Completion] = {}
-        weights = engine.weights(params)
+        weights = engine.weights(place(params, model))
         stop_ids = lambda s: s.stop_ids if s.ignore_eos else (*s.stop_ids, eos_id)
         flight = Flight(engine, requests, key, stop_ids)
         while flight.unfinished:

@@ -3,7 +3,21 @@
 import jax
 import jax.numpy as jnp
 
+from jaxreason.model.decoder import LanguageModel
 from jaxreason.types import Params
+
+
+def place(params: Params, model: LanguageModel) -> Params:
+    """The parameters where the sampler's model wants them, moved from device to device.
+
+    Those that lie there already are taken as they are. The meshes may differ in shape, not in their
+    devices. A parameter that the sampler has no use for (a critic's head) stays where it is.
+    """
+    if model.mesh is None:
+        return params
+    wanted = model.shardings()
+    moved = jax.device_put({name: params[name] for name in wanted}, wanted)
+    return {**params, **moved}
 
 
 @jax.jit

@@ -100,7 +100,10 @@ def test_a_file_of_questions_becomes_a_file_of_answers_and_goes_on_after_a_kill(
     [
         (["--config.init.from=@sft"], "init.from is '@sft'; there is no run to take it from"),
         (["--config.sampling.top_p=2.0"], "sampling.top_p is 2.0; it must be in (0, 1]"),
-        (["--config.sampling.thinking.wording=s2"], "thinking.wording is 's2'; it must be one of s1, qwen3, tag"),
+        (
+            ["--config.sampling.thinking.wording=s2"],
+            "thinking.wording is 's2'; it must be one of s1, qwen3, tag",
+        ),
         (["--config.sampling.thinking.waits=-1"], "thinking.waits is -1; it must be 0 or more"),
         (["--config.remember=maybe"], "remember is 'maybe'; it must be auto, true or false"),
         (["--config.prompt_template=none"], "prompt_template is 'none'; it must be text with"),
