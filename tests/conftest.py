@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/jaxreason-test-cache")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import pytest
+from counting_model import counting  # noqa: F401  (a fixture)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
