@@ -18,6 +18,7 @@ from tiny_models import (
     tiny_params,
 )
 
+from jaxreason.model.cache import empty
 from jaxreason.model.decoder import Execution
 
 ATTENTION = ("blockwise", "reference")
@@ -113,7 +114,8 @@ def test_padded_vocabulary_gets_no_probability_and_no_gradient():
     def outputs(p):
         h_BTD = model.hidden(p, batch.tokens_BT, batch.segments_BT, batch.positions_BT)
         logp_BT, entropy_BT, _ = model.logprobs(p, h_BTD, batch.targets_BT)
-        logits_BV, _ = model.prefill(p, batch.tokens_BT, jnp.array([20]), 32)
+        cache = empty(model.config, 1, 16, jnp.float32)
+        logits_BV, _ = model.decode(model.decode_weights(p), batch.tokens_BT[:, 0], cache)
         return mean_loss(model, p, batch), (h_BTD, logp_BT, entropy_BT, logits_BV)
 
     run = jax.jit(jax.value_and_grad(outputs, has_aux=True))
