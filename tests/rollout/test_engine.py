@@ -162,19 +162,21 @@ def test_nothing_is_traced_after_the_warm_up():
     model, params = tiny_model(), tiny_params()
     generate = build_generate(model, list, str, EOS, SMALL)
 
-    def run(seed, samples):
+    def run(lengths, samples, seed=0):
         rng = np.random.default_rng(seed)
-        prompts = [rng.integers(0, 60, n).tolist() for n in (1, 60, *rng.integers(1, 60, 18))]
-        limits = (1, 64, *rng.integers(1, 64, 18).tolist())
+        prompts = [rng.integers(0, 60, n).tolist() for n in lengths]
+        limits = (64, *rng.integers(1, 65, len(lengths) - 1).tolist())
         samplings = [Sampling(max_tokens=n, num_samples=samples) for n in limits]
         return generate(params, prompts, samplings, jax.random.key(seed))
 
-    for samples in (1, 4):
-        run(0, samples)
+    for length in (60, 10):
+        for number in (12, 1):
+            for samples in (1, 4):
+                run([length] * number, samples)
     model.decode = chex.assert_max_traces(model.decode, n=0)
     model.prefill = chex.assert_max_traces(model.prefill, n=0)
     for seed, samples in ((1, 1), (2, 3), (3, 4), (4, 5)):
-        run(seed, samples)
+        run(np.random.default_rng(seed).integers(1, 61, 18), samples, seed)
     with pytest.raises(AssertionError, match="traced"):  # the guard sees what it should
         generate(params, [[1] * 70], GREEDY, jax.random.key(0))
 
