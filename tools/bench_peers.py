@@ -5,9 +5,11 @@ Each function returns variants, by name, of one piece of work; the fastest of th
 
 import contextlib
 import importlib.util
+import math
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -132,32 +134,48 @@ def generators(model, prompts: list[list[int]], new: int) -> dict[str, Callable[
 
 def rollouts(
     model, prompts: list[list[int]], limits: list[int], batches: Sequence[int]
-) -> dict[str, Callable[[], list[list[int]]]]:
-    """{variant: greedy generation of its own number of tokens for each prompt -> their ids}."""
+) -> dict[str, Callable[..., list[list[int]]]]:
+    """{variant: greedy generation of its own number of tokens for each prompt -> their ids}.
+
+    Each takes the seconds it may last and raises TimeoutError after them.
+    """
     import torch
 
     model.eval()
 
-    def by(size: int) -> list[list[int]]:
-        found = []
+    def by(size: int, seconds: float) -> list[list[int]]:
+        found, end = [], time.monotonic() + seconds
         for start in range(0, len(prompts), size):
             part, wanted = prompts[start : start + size], limits[start : start + size]
             longest, new = max(map(len, part)), max(wanted)
-            left = [longest - len(p) for p in part]
-            ids = torch.tensor([[0] * n + p for n, p in zip(left, part)], device=model.device)
+            pads = [longest - len(p) for p in part]
+            ids = torch.tensor([[0] * n + p for n, p in zip(pads, part)], device=model.device)
             mask = torch.tensor(
-                [[0] * n + [1] * len(p) for n, p in zip(left, part)], device=model.device
+                [[0] * n + [1] * len(p) for n, p in zip(pads, part)], device=model.device
             )
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+            left = None if seconds == math.inf else max(end - time.monotonic(), 0.0)
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, do_sample=False, max_time=left
+            )
             rows = out[:, longest:].tolist()
+            if len(rows[0]) < new or time.monotonic() > end:
+                raise TimeoutError
             found += [row[:n] for row, n in zip(rows, wanted)]
         return found
 
-    runs = {f"generate by {size}": lambda size=size: by(size) for size in batches}
-    return runs | {"continuous batching": lambda: _continuously(model, prompts, limits)}
+    def batched(size: int) -> Callable[..., list[list[int]]]:
+        return lambda seconds=math.inf: by(size, seconds)
+
+    def continuously(seconds: float = math.inf) -> list[list[int]]:
+        return _continuously(model, prompts, limits, seconds)
+
+    runs = {f"generate by {size}": batched(size) for size in batches}
+    return runs | {"continuous batching": continuously}
 
 
-def _continuously(model, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+def _continuously(
+    model, prompts: list[list[int]], limits: list[int], seconds: float
+) -> list[list[int]]:
     """transformers' own continuous batching, with room for all requests at once."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -171,10 +189,12 @@ def _continuously(model, prompts: list[list[int]], limits: list[int]) -> list[li
         block=True,
         timeout=5,
     )
-    found = {}
+    found, end = {}, time.monotonic() + seconds
     with manager as running:
         names = [running.add_request(p, max_new_tokens=n) for p, n in zip(prompts, limits)]
         while len(found) < len(names):
+            if time.monotonic() > end:
+                raise TimeoutError
             result = running.get_result(timeout=1)
             if result is not None and result.is_finished():
                 found[result.request_id] = result.generated_tokens

@@ -16,6 +16,8 @@ what fills up a batch points at it.
 
 import dataclasses
 import functools
+import os
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,21 +40,25 @@ from jaxreason.types import pytree_dataclass
 class EngineConfig:
     """How the engine works; none of it changes what is drawn, up to rounding.
 
-    On CPU a step of 16 rows costs no more a row than one of 256, and its keys and values stay in
-    the cores' caches. An accelerator streams the weights once a group: there a group is all slots.
+    On CPU a step of 16 rows costs no more a row than one of 256, and XLA keeps little more than one
+    core busy with it: there is a stream a core, each in a thread of its own. An accelerator streams
+    the weights once a group: there a group is all slots.
     """
 
     slots: int = 256  # requests in flight
     group: int | None = None  # slots that decode together; None: 16 on CPU, else all
+    streams: int | None = None  # groups that decode at a time; None: one a core on CPU, else 1
     steps: int = 32  # tokens a device call, at most
     prefill_chunk: int = 256  # tokens of one prompt a device call, at most
     share_prefix: bool = True  # the samples of a prompt share one prefill and its keys and values
 
     def __post_init__(self):
-        for name in ("slots", "group", "steps", "prefill_chunk"):
+        for name in ("slots", "group", "streams", "steps", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"engine.{name} is {value}; it must be at least 1")
+        if self.streams is not None and self.streams > self.slots:
+            raise ValueError(f"engine.streams is {self.streams}; there are {self.slots} slots")
 
 
 @pytree_dataclass()
@@ -108,15 +114,18 @@ class Engine:
         self.model, self.config, self.thinking = model, config, thinking
         self.mesh = None if model.mesh is None or model.mesh.size == 1 else model.mesh
         self.lanes = 1 if self.mesh is None else rules.axis_size(self.mesh, "batch")
-        self.group = config.group or (16 if jax.default_backend() == "cpu" else config.slots)
+        on_cpu = jax.default_backend() == "cpu"
+        self.group = config.group or (16 if on_cpu else config.slots)
+        # Two programs at a time on one mesh could wait for each other's exchanges for ever.
+        cores = os.cpu_count() if on_cpu and self.mesh is None else 1
+        self.streams = config.streams or min(cores, -(-config.slots // self.group))
         self._sizes: dict[str, int] = {}
         self.weights = jax.jit(model.decode_weights)
         self.init = jax.jit(self._init, static_argnames=("slots", "prompts"))
-        self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnames="read")
-        self.insert = jax.jit(self._insert, donate_argnums=0)
-        self.step = jax.jit(
-            self._step, donate_argnums=1, static_argnames=("features", "reads", "steps")
-        )
+        prefill = jax.jit(self._prefill, donate_argnums=1, static_argnames="read")
+        step = jax.jit(self._step, donate_argnums=1, static_argnames=("features", "reads", "steps"))
+        self.prefill, self.step = self._compiled_once(prefill), self._compiled_once(step)
+        self.insert = self._compiled_once(jax.jit(self._insert, donate_argnums=0))
 
     def grown(self, **sizes: int) -> dict[str, int]:
         """The largest of each size that was asked for so far.
@@ -126,6 +135,22 @@ class Engine:
         """
         self._sizes = {name: max(n, self._sizes.get(name, 0)) for name, n in sizes.items()}
         return self._sizes
+
+    def _compiled_once(self, jitted: Callable) -> Callable:
+        """The same, but that two streams do not compile one program at the same time."""
+        known, lock = set(), threading.Lock()
+
+        def call(*args, **static):
+            leaves, tree = jax.tree.flatten(args)
+            key = (tree, *map(jnp.shape, leaves), *sorted(static.items()))
+            if key in known:
+                return jitted(*args, **static)
+            with lock:
+                out = jitted(*args, **static)
+                known.add(key)
+                return out
+
+        return call
 
     @staticmethod
     def harvest(emitted: Emitted) -> Emitted:

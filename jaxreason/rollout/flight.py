@@ -19,7 +19,7 @@ from jaxreason.types import Sampling
 
 # Sizes are rounded up so that few programs are compiled, whatever arrives.
 _LEAST = 16  # positions of a prompt, slots, stop ids
-_LEAST_OWN = 64  # positions of a slot that a step reads; fewer take about as long
+_LEAST_OWN = 64  # positions of a slot; fewer take about as long
 _LEAST_ROWS = 4  # rows of a step; fewer take about as long
 _PREFILL_ROWS = 16  # prompts a prefill call, at most
 _FIXED = 128  # what a row of a step costs beside attention, in positions read
@@ -120,61 +120,83 @@ class Lane:
         return sorted(runs, key=lambda run: -len(run[0].ids))
 
 
+StopIds = Callable[[Sampling], tuple[int, ...]]
+
+
+def take_off(
+    engine: Engine, requests: Sequence[Request], key: jax.Array, stop_ids: StopIds
+) -> list["Flight"]:
+    """The requests, in the order in which they get slots, spread over the engine's streams.
+
+    Args:
+      requests: those of a prompt are neighbours.
+      stop_ids: what ends a request's completion.
+    """
+    parts = [part for part in _share_out(requests, engine.streams) if part]
+    lanes = [_share_out(part, engine.lanes) for part in parts]
+    slots = -(-engine.config.slots // (engine.streams * engine.lanes))
+    slots = min(slots, _power(max(len(lane) for part in lanes for lane in part)))
+    prompts = max(len(unique(r.prompt for r in lane)) for part in lanes for lane in part)
+    sizes = engine.grown(
+        stops=_power(max(len(stop_ids(r.sampling)) for r in requests)),
+        slots=slots,
+        entries=min(slots, _power(prompts)),
+        slot_size=_own(max(r.sampling.max_tokens for r in requests)),
+        prompt_size=max(_room(r.prompt.length, engine.config.prefill_chunk) for r in requests),
+    )
+    features = Features.of(r.sampling for r in requests)
+    return [Flight(engine, part, features, sizes, key, stop_ids) for part in lanes]
+
+
 class Flight:
     """A state of the engine, and the lanes of requests that move through it.
 
     Args:
-      requests: in the order in which they get slots; those of a prompt are neighbours.
-      stop_ids: what ends a request's completion.
+      lanes: the requests of each.
+      sizes: of the state, as in `take_off`.
     """
 
     def __init__(
         self,
         engine: Engine,
-        requests: Sequence[Request],
+        lanes: Sequence[Sequence[Request]],
+        features: Features,
+        sizes: dict[str, int],
         key: jax.Array,
-        stop_ids: Callable[[Sampling], tuple[int, ...]],
+        stop_ids: StopIds,
     ):
-        self.engine, self.config, self.key, self.stop_ids = engine, engine.config, key, stop_ids
-        self.features = Features.of(r.sampling for r in requests)
-        parts = _share_out(requests, engine.lanes)
-        most = max(map(len, parts))
-        slots = min(-(-self.config.slots // engine.lanes), _power(most))
-        prompts = max(len(unique(r.prompt for r in part)) for part in parts)
-        sizes = engine.grown(
-            stops=_power(max(len(stop_ids(r.sampling)) for r in requests)),
-            slots=slots,
-            entries=min(slots, _power(prompts)),
-            slot_size=_size(max(r.sampling.max_tokens for r in requests)),
-            prompt_size=max(self._room(r.prompt) for r in requests),
-        )
-        self.num_stops = sizes["stops"]
+        self.engine, self.config, self.features = engine, engine.config, features
+        self.key, self.stop_ids, self.num_stops = key, stop_ids, sizes["stops"]
         # Per lane. One more of each is the spare that fills up a batch.
         self.spare_slot, self.spare_entry = slots, entries = sizes["slots"], sizes["entries"]
-        self.lanes = [Lane(part, slots, entries) for part in parts]
+        self.lanes = [Lane(part, slots, entries) for part in lanes]
         self.group = min(slots, engine.group)
         self.widths = [4**i for i in range(8) if 4**i <= self.group]
         self.slot_size, self.prompt_size = sizes["slot_size"], sizes["prompt_size"]
         self.steps = min(self.config.steps, self.slot_size)
-        unused, sizes = self._rows([[]], slots + 1), (entries, self.prompt_size)
-        self.state = engine.init(unused, slots=(slots, self.slot_size), prompts=sizes)
+        self.round: Iterator[list[list[list[Request]]]] = iter(())
+        unused, prompts = self._rows([[]], slots + 1), (entries, self.prompt_size)
+        self.state = engine.init(unused, slots=(slots, self.slot_size), prompts=prompts)
 
     @property
     def unfinished(self) -> bool:
         return any(lane.queue or lane.arriving or lane.live for lane in self.lanes)
 
-    def _room(self, prompt: Prompt) -> int:
-        """Positions of the pool that its prefill writes, padding included."""
-        start = max(prompt.length - 1, 0) // self.config.prefill_chunk * self.config.prefill_chunk
-        return max(_size(prompt.length), start + self._chunk(prompt.length - start))
+    def advance(self, weights) -> list[tuple[Lane, Request]]:
+        """Decodes the next group of the round; its requests, with their new tokens.
 
-    def _chunk(self, left: int) -> int:
-        """Positions of a prefill call for the next of so many tokens."""
-        return min(_power(left, 4), self.config.prefill_chunk)
+        Whoever asks releases those that ended. A new round begins with a refill.
+        """
+        group = next(self.round, None)
+        if group is None:
+            self._refill(weights)
+            self.round = iter(list(self._groups()))
+            group = next(self.round)
+        return self._step(weights, group)
 
     # -- from the queue into slots -----------------------------------------------------------------
 
-    def refill(self, weights) -> None:
+    def _refill(self, weights) -> None:
         """Fills free slots from the queue.
 
         While many rows are in flight that is one prefill call: they do not wait for long prompts.
@@ -200,7 +222,7 @@ class Flight:
         if not any(waiting):
             return
         chunk = self.config.prefill_chunk
-        size = lambda p: self._chunk(p.length - p.filled)
+        size = lambda p: _chunk(p.length - p.filled, chunk)
         T = size(next(prompts[0] for prompts in waiting if prompts))
         most = min(_PREFILL_ROWS, max(1, 4 * chunk // T))
         chosen = [[p for p in prompts if size(p) == T][:most] for prompts in waiting]
@@ -270,7 +292,7 @@ class Flight:
 
     # -- decoding ----------------------------------------------------------------------------------
 
-    def groups(self) -> Iterator[list[list[list[Request]]]]:
+    def _groups(self) -> Iterator[list[list[list[Request]]]]:
         """[lane][run][request]: all live requests once, those of like length together.
 
         The runs of a round have one width, at most so many requests: the one that costs least.
@@ -286,7 +308,7 @@ class Flight:
         own = sum(width * (_FIXED + len(run[0].ids)) for run in runs)
         return own + sum(run[0].prompt.length for run in runs)
 
-    def step(self, weights, group: list[list[list[Request]]]) -> list[tuple[Lane, Request]]:
+    def _step(self, weights, group: list[list[list[Request]]]) -> list[tuple[Lane, Request]]:
         """Decodes a group of each lane; its requests, with their new tokens."""
         width = _level(max(len(run) for runs in group for run in runs), self.widths[-1])
         height = _level(max(map(len, group)), self.group // width, _LEAST_ROWS / width)
@@ -300,7 +322,7 @@ class Flight:
         own = max(min(len(r.ids) + self.steps, r.sampling.max_tokens) for _, r in rows.values())
         reads = Reads(
             prefix=min(_power(prefix, 4), self.prompt_size),
-            own=min(_size(own, _LEAST_OWN), self.slot_size),
+            own=min(_own(own), self.slot_size),
         )
         self.state, emitted = self.engine.step(
             weights, self.state, slots_XW, features=self.features, reads=reads, steps=self.steps
@@ -342,10 +364,23 @@ def _power(n: int, base: int = 2) -> int:
     return size
 
 
-def _size(n: int, least: int = _LEAST) -> int:
-    """The smallest power of two, or 1.5 times one, that is >= n and >= least."""
-    power = max(_power(n), least)
-    return power * 3 // 4 if least < power and n <= power * 3 // 4 else power
+def _own(n: int) -> int:
+    """Positions of a slot: a multiple of 64, from 512 on a power of two or 1.5 times one."""
+    if n <= 512:
+        return -(-n // _LEAST_OWN) * _LEAST_OWN
+    power = _power(n)
+    return power * 3 // 4 if n <= power * 3 // 4 else power
+
+
+def _chunk(left: int, most: int) -> int:
+    """Positions of a prefill call for the next of so many tokens."""
+    return min(_power(left, 4), most)
+
+
+def _room(length: int, chunk: int) -> int:
+    """Positions of the pool that the prefill of a prompt writes, padding included."""
+    start = max(length - 1, 0) // chunk * chunk
+    return -(-(start + _chunk(length - start, chunk)) // _LEAST) * _LEAST
 
 
 def _level(n: int, most: int, least: float = 1) -> int:

@@ -1,12 +1,13 @@
 """`generate`: prompts in, completions out, through the slots of the rollout engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 
 import jax
 
-from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.decoder import DecodeWeights, LanguageModel
 from jaxreason.rollout.engine import Engine, EngineConfig
-from jaxreason.rollout.flight import Flight, Prompt, Request
+from jaxreason.rollout.flight import Flight, Lane, Prompt, Request, take_off
 from jaxreason.rollout.sync import place
 from jaxreason.text.chat import ThinkingIds
 from jaxreason.types import Completion, Params, Sampling
@@ -54,28 +55,46 @@ def build_generate(
         if not prompts:
             return []
         prompt_ids = [list(encode(prompt)) for prompt in prompts]
-        requests = _requests(prompt_ids, samplings, config.share_prefix, engine.lanes)
+        requests = _requests(
+            prompt_ids, samplings, config.share_prefix, engine.streams * engine.lanes
+        )
         found: dict[tuple[int, int], Completion] = {}
         weights = engine.weights(place(params, model))
         stop_ids = lambda s: s.stop_ids if s.ignore_eos else (*s.stop_ids, eos_id)
-        flight = Flight(engine, requests, key, stop_ids)
-        while flight.unfinished:
-            flight.refill(weights)
-            for group in list(flight.groups()):
-                for lane, request in flight.step(weights, group):
-                    finish_stop_text(request, decode)
-                    if on_tokens is not None:
-                        _stream(request, on_tokens, thinking)
-                    if request.ended:
-                        found[request.place] = _completion(
-                            request, decode, stop_ids(request.sampling)
-                        )
-                        lane.release(request)
+        flights = take_off(engine, requests, key, stop_ids)
+        for stepped in _advance(flights, weights):
+            for lane, request in stepped:
+                finish_stop_text(request, decode)
+                if on_tokens is not None:
+                    _stream(request, on_tokens, thinking)
+                if request.ended:
+                    ends = stop_ids(request.sampling)
+                    found[request.place] = _completion(request, decode, ends)
+                    lane.release(request)
             if on_progress is not None:
                 on_progress(len(found), len(requests), sum(len(r.ids) for r in requests))
         return [[found[p, r] for r in range(s.num_samples)] for p, s in enumerate(samplings)]
 
     return generate
+
+
+def _advance(
+    flights: Sequence[Flight], weights: DecodeWeights
+) -> Iterator[list[tuple[Lane, Request]]]:
+    """What each step of any flight brought, one at a time; the flights run in threads."""
+    if len(flights) == 1:
+        while flights[0].unfinished:
+            yield flights[0].advance(weights)
+        return
+    with futures.ThreadPoolExecutor(len(flights)) as pool:
+        running = {pool.submit(flight.advance, weights): flight for flight in flights}
+        while running:
+            done, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+            for future in done:
+                flight = running.pop(future)
+                yield future.result()
+                if flight.unfinished:
+                    running[pool.submit(flight.advance, weights)] = flight
 
 
 def _stream(request: Request, on_tokens: OnTokens, thinking: ThinkingIds | None) -> None:
@@ -111,14 +130,15 @@ def finish_stop_text(request: Request, decode: Callable[[list[int]], str]) -> No
 
 
 def _requests(
-    prompts: Sequence[list[int]], samplings: Sequence[Sampling], share_prefix: bool, lanes: int
+    prompts: Sequence[list[int]], samplings: Sequence[Sampling], share_prefix: bool, parts: int
 ) -> list[Request]:
     """All requests, those with the highest limit first, those of a prompt together.
 
-    Samples share their prompt; where there are fewer prompts than lanes, each lane has its own.
+    Samples share their prompt; where there are fewer prompts than parts of the engine, each
+    part has its own.
     """
     requests = []
-    copies = -(-lanes // len(prompts)) if share_prefix else max(s.num_samples for s in samplings)
+    copies = -(-parts // len(prompts)) if share_prefix else max(s.num_samples for s in samplings)
     for p, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True)):
         if not ids:
             raise ValueError(f"prompt {p} has no tokens; it needs at least one")

@@ -82,9 +82,10 @@ def test_greedy_is_the_full_recomputation(counting, greedy):
     [
         EngineConfig(slots=1),
         EngineConfig(slots=7, group=3, steps=5, prefill_chunk=16),
-        EngineConfig(slots=64, group=64, share_prefix=False),
+        EngineConfig(slots=64, group=64, streams=1, share_prefix=False),
+        EngineConfig(slots=96, streams=3),
     ],
-    ids=["one slot", "few slots, short steps and chunks", "one group, nothing shared"],
+    ids=["one slot", "few slots, short steps and chunks", "one group, nothing shared", "3 streams"],
 )
 def test_slots_groups_chunks_and_sharing_change_nothing(counting, greedy, config):
     model, params = counting
