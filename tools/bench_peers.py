@@ -187,7 +187,7 @@ def _continuously(
             page_size=page, num_blocks=blocks + 8, max_batch_tokens=1024
         ),
         block=True,
-        timeout=5,
+        timeout=60,
     )
     found, end = {}, time.monotonic() + seconds
     with manager as running:
