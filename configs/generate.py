@@ -19,36 +19,18 @@ Sampling defaults are Qwen3's for thinking (arXiv 2505.09388): temperature 0.6, 
 20.
 """
 
-import dataclasses
-
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from jaxreason.recipes import defaults
-from jaxreason.types import Sampling
 
 
 def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "smoke"):
         raise ValueError(f"--config=generate:{arg}: the argument is nothing or smoke")
     c = defaults.default_config("generate", "generate")
-    c.init = {"from": ""}
+    c.update(defaults.generate_config())
     c.tokenizer.kind = "checkpoint"
     c.chat.template = "checkpoint"
-    c.sampling = dataclasses.asdict(
-        Sampling(max_tokens=4096, temperature=0.6, top_p=0.95, top_k=20)
-    )
-    c.sampling.thinking = {
-        "max_tokens": config_dict.placeholder(int),  # thinking tokens; None: no limit
-        "wording": "s1",  # how the end is forced: s1 | qwen3 | tag
-        "waits": 0,  # ends of thinking that become "Wait"
-    }
-    c.prompt_template = "{prompt}"
-    # true | false | auto: later questions follow the earlier ones where the template can say so
-    c.remember = "auto"
-    c.prompts = ""  # a file of questions; "": the terminal, or a pipe
-    c.output = "completions.jsonl"
-    c.save_every = 256  # questions
-    c.rows = 256  # slots of the engine
     if arg == "smoke":
         c.init["from"] = "random"
         c.tokenizer.kind = "bytes"

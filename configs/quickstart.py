@@ -29,7 +29,7 @@ Result on 2 cores: avg@4 0.86 for rl, 0.78 for sft_cot, 0.34 for sft_answer, in 
 
 from ml_collections import ConfigDict
 
-from jaxreason.recipes import defaults, scaling
+from jaxreason.recipes import defaults
 
 PROMPT = "{expression}="
 
@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "sft_answer": _stage("answer", "@pretrain", steps=steps, rows=16, examples=128),
         "sft_cot": _stage("long_cot", "@pretrain", steps=steps, rows=48, examples=128),
         "rl": _rl(smoke),
-        "scaling": scaling.default_section(
+        "scaling": defaults.scaling_config(
             votes=(1, 2, 4, 8) if smoke else (1, 2, 4, 8, 16),
             budgets=(16, 32) if smoke else (8, 16, 24, 32, 48, 64),
             wordings=("tag",),

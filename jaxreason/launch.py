@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, folder = read_command(argv)
         set_up_jax(config)
+        importlib.import_module("jaxreason.recipes.defaults").check_keys(config)
         recipe = importlib.import_module(f"jaxreason.recipes.{RECIPES[config.recipe]}")
         recipe.run(config, folder)
     except ValueError as error:

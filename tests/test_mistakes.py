@@ -57,6 +57,10 @@ class Place:
 def place(tmp_path_factory) -> Place:
     path = tmp_path_factory.mktemp("mistakes")
     (path / "tiny.py").write_text(CONFIG)
+    misspelt = CONFIG.replace(
+        "    return c", "    c.data.sources.pairs.promt_field = 'q'\n    return c"
+    )
+    (path / "misspelt.py").write_text(misspelt)
     (path / "pairs.jsonl").write_text("\n".join(LINES) + "\n")
     (path / "a_file").write_text("")
     place = Place(path)
@@ -84,6 +88,10 @@ MISTAKES = {
     "unknown key": Mistake(
         lambda p: p.command("--config.train.stepz=3"),
         ("--config.train.stepz", "did you mean 'steps'?"),
+    ),
+    "a key of the config file that nothing reads": Mistake(
+        lambda p: [f"--config={p.path / 'misspelt.py'}"],
+        ("config.data.sources.pairs has a key 'promt_field'", "did you mean 'prompt_field'?"),
     ),
     "wrong type": Mistake(
         lambda p: p.command("--config.train.steps=many"),

@@ -1,6 +1,7 @@
 """Every configuration key with its default; a file of configs/ says what differs."""
 
 import dataclasses
+import difflib
 import typing
 
 from ml_collections import ConfigDict, config_dict
@@ -13,6 +14,7 @@ from jaxreason.objectives.advantage import Advantage
 from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.parallel.mesh import AXES
 from jaxreason.train.optim import OptimizerConfig
+from jaxreason.types import Sampling
 
 
 def default_config(name: str, recipe: str) -> ConfigDict:
@@ -83,7 +85,7 @@ def stage_config() -> dict:
         "kind": "fit",
         "init": {"from": "random"},  # random | HF directory | WORKDIR@STAGE[@STEP] | @STAGE
         "data": {
-            "sources": {},
+            "sources": {},  # entries of source()
             "weights": {},
             "num_shards": 1,
             "rows": 32,
@@ -113,7 +115,7 @@ def rl_config() -> dict:
         "kind": "rl",
         "init": {"from": "random"},
         "data": {
-            "sources": {},
+            "sources": {},  # entries of prompts()
             "shuffle": True,
             "band": (),  # (lowest, highest) solve rate of the prompts to draw, as (0.2, 0.8)
             "band_min_samples": 8,
@@ -152,6 +154,49 @@ def rl_config() -> dict:
                 OptimizerConfig(learning_rate=1e-6, schedule="constant", weight_decay=0.0)
             ),
         },
+    }
+
+
+def scaling_config(**changes) -> dict:
+    """One entry of `stages`: which parameters answer which set, and what is tried on it."""
+    return {
+        "kind": "scaling",
+        "init": {"from": ""},  # as in a stage that trains
+        "set": "arithmetic",  # a sampled set of eval.sets
+        "limit": 0,  # problems of it; 0: all
+        "votes": (1, 2, 4, 8, 16),  # sizes of the vote, all from one set of samples
+        "rank_by": "logprob",  # best of n by mean log-probability, from the same; "": not
+        "budgets": (),  # thinking tokens
+        "wordings": ("s1",),  # how the end of thinking is forced, a curve each: s1, qwen3, tag
+        "waits": (),  # ends of thinking that become "Wait"
+        "num_samples": 1,  # a problem, for budgets and waits
+        # The set's own where nothing is said:
+        "max_tokens": config_dict.placeholder(int),
+        "temperature": config_dict.placeholder(float),
+        **changes,
+    }
+
+
+def generate_config() -> dict:
+    """The keys of the recipe `generate`, beside the shared ones."""
+    sampling = Sampling(max_tokens=4096, temperature=0.6, top_p=0.95, top_k=20)
+    return {
+        "init": {"from": ""},
+        "sampling": {
+            **dataclasses.asdict(sampling),
+            "thinking": {
+                "max_tokens": config_dict.placeholder(int),  # thinking tokens; None: no limit
+                "wording": "s1",  # how the end is forced: s1 | qwen3 | tag
+                "waits": 0,  # ends of thinking that become "Wait"
+            },
+        },
+        "prompt_template": "{prompt}",
+        # true | false | auto: later questions follow the earlier ones where the template can say so
+        "remember": "auto",
+        "prompts": "",  # a file of questions; "": the terminal, or a pipe
+        "output": "completions.jsonl",
+        "save_every": 256,  # questions
+        "rows": 256,  # slots of the engine
     }
 
 
@@ -214,3 +259,57 @@ def text_eval(path: str, **changes) -> dict:
         "length": 512,
         **changes,
     }
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Raises ValueError for a key of a config file that no recipe would read."""
+    own = {
+        "pipeline": {"stages": _stage_keys},
+        "fit": _stage_keys({"kind": "fit"}),
+        "rl": _stage_keys({"kind": "rl"}),
+        "evaluate": {"init": {"from": ""}},
+        "generate": generate_config(),
+    }[config.recipe]
+    known = default_config("", config.recipe).to_dict() | own
+    known["arithmetic"] = _fields(ArithmeticConfig)
+    known["eval"]["sets"] = _set_keys
+    _check_keys(config.to_dict(), known, "config")
+
+
+def _stage_keys(stage: dict) -> dict:
+    if stage["kind"] == "fit":
+        known = stage_config()
+        known["data"]["sources"] = lambda _: _fields(SourceConfig)
+    elif stage["kind"] == "rl":
+        known = rl_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(PromptSource)
+    elif stage["kind"] == "scaling":
+        known = scaling_config()
+    else:  # refused by name where stages are planned
+        known = stage
+    return known
+
+
+def _set_keys(entry: dict) -> dict:
+    if entry["kind"] == "text":
+        return text_eval("")
+    return jsonl_eval("") | {"prompts": _fields(PromptSource), "reward": reward("")}
+
+
+def _fields(cls: type) -> dict:
+    return dict.fromkeys(field.name for field in dataclasses.fields(cls))
+
+
+def _check_keys(found: dict, known: dict, where: str) -> None:
+    """In `known`, {} allows any key, and a function gives the keys of an entry of any name."""
+    for key, value in found.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{where} has a key {key!r} that nothing reads; {hint}")
+        inner = known[key]
+        if callable(inner):
+            for name, entry in value.items():
+                _check_keys(entry, inner(entry), f"{where}.{key}.{name}")
+        elif isinstance(inner, dict) and inner and isinstance(value, dict):
+            _check_keys(value, inner, f"{where}.{key}")

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from jaxreason.evals.accuracy import bootstrap_interval
 from jaxreason.reasoning import scaling
@@ -15,26 +15,6 @@ from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train.metrics import Progress
 from jaxreason.types import Completion, Params, Sampling, ThinkingBudget
-
-
-def default_section(**changes) -> dict:
-    """One entry of `stages`: which parameters answer which set, and what is tried on it."""
-    return {
-        "kind": "scaling",
-        "init": {"from": ""},  # as in a stage that trains
-        "set": "arithmetic",  # a sampled set of eval.sets
-        "limit": 0,  # problems of it; 0: all
-        "votes": (1, 2, 4, 8, 16),  # sizes of the vote, all from one set of samples
-        "rank_by": "logprob",  # best of n by mean log-probability, from the same; "": not
-        "budgets": (),  # thinking tokens
-        "wordings": ("s1",),  # how the end of thinking is forced, a curve each: s1, qwen3, tag
-        "waits": (),  # ends of thinking that become "Wait"
-        "num_samples": 1,  # a problem, for budgets and waits
-        # The set's own where nothing is said:
-        "max_tokens": config_dict.placeholder(int),
-        "temperature": config_dict.placeholder(float),
-        **changes,
-    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -298,7 +298,7 @@ def _spending(record: dict[str, Any]) -> str:
     names = {
         "majority": "vote of n samples",
         "best_of_n": "likeliest of n samples",
-        "waits": "thinking made to go on n times",
+        "waits": "made to go on n times",
     }
     return names.get(record["method"]) or f"thinking budget ({record['wording']})"
 

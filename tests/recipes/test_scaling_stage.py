@@ -24,7 +24,7 @@ def example(**changes) -> tuple[ConfigDict, ConfigDict]:
         "arithmetic": defaults.arithmetic_eval(max_tokens=64, top_p=0.9),
         "books": defaults.text_eval("books.jsonl"),
     }
-    section = scaling.default_section(**{"budgets": (0, 16), "waits": (0, 1), **changes})
+    section = defaults.scaling_config(**{"budgets": (0, 16), "waits": (0, 1), **changes})
     section["init"]["from"] = "@rl"
     return config, ConfigDict(section)
 
