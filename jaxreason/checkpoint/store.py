@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import jax
@@ -92,12 +92,18 @@ class Store:
         self.close()
 
 
-def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | None = None) -> Any:
+def restore_params(
+    directory: pathlib.Path,
+    abstract_params: dict[str, Any],
+    step: int | None = None,
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
     """The parameters alone of a saved TrainState, cast to the dtypes asked for.
 
     Args:
-      abstract_params: pytree of jax.ShapeDtypeStruct with shardings.
+      abstract_params: of jax.ShapeDtypeStruct with shardings.
       step: None is the latest complete one.
+      optional: entries that are left out where the checkpoint or `abstract_params` has none.
 
     Reads only, so it may look at the checkpoints of a run in progress. Raises ValueError when there
     is no such step, or naming the first leaf that differs.
@@ -110,6 +116,9 @@ def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | No
     with _open(directory) as checkpointer:
         step = _resolve(checkpointer, step)
         saved = checkpointer.checkpointables_metadata(step).metadata[_STATE]["params"]
+    for name in optional:
+        if not (name in saved and name in abstract_params):
+            saved, abstract_params = _without(name, saved), _without(name, abstract_params)
     where = directory.absolute() / str(step)
     _check_same_leaves(where, _leaves(saved), _leaves(abstract_params), dtypes=False)
     context = ocp.Context()
@@ -117,6 +126,10 @@ def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | No
     with context:
         loaded = ocp.load(where, {"params": abstract_params}, checkpointable_name=_STATE)
     return loaded["params"]
+
+
+def _without(name: str, tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key != name}
 
 
 def _open(directory: pathlib.Path, **options: Any) -> Any:

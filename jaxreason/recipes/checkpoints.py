@@ -60,6 +60,8 @@ class Checkpoint:
     def load(self, model: LanguageModel, checkpoints) -> Params | None:
         """The parameters, placed where the model wants them; None: random ones.
 
+        A value head comes along where the model has one too.
+
         Args:
           checkpoints: this run's stage name -> folder of its checkpoints.
         """
@@ -71,7 +73,7 @@ class Checkpoint:
         folder = checkpoints(self.stage)
         if self.directory is not None:
             folder = self.directory / "checkpoints" / self.stage
-        return restore_params(folder, model.abstract(), self.step)
+        return restore_params(folder, model.abstract(), self.step, optional=("value_head",))
 
     def _run_config(self) -> dict:
         content = json.loads((self.directory / "config.json").read_text())

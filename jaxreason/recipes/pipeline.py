@@ -110,10 +110,8 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
 
 def stage_params(run: Run, stage: Stage) -> Params:
     """What a trained stage ended with, without a critic's head."""
-    if not isinstance(stage, rl.RLStage):
-        return restore_params(run.workdir.checkpoints(stage.name), run.model.abstract())
-    model = rl.model_of(run, stage)
-    return rl.policy_of(restore_params(run.workdir.checkpoints(stage.name), model.abstract()))
+    folder = run.workdir.checkpoints(stage.name)
+    return restore_params(folder, run.model.abstract(), optional=("value_head",))
 
 
 def _add_gains(run: Run, stage: Stage, evals: dict) -> None:

@@ -192,7 +192,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
     key = assemble.stage_key(config.seed, stage.name)
 
     def params() -> Params | None:
-        loaded = stage.start.load(run.model, workdir.checkpoints)
+        loaded = stage.start.load(model, workdir.checkpoints)
         return None if loaded is None else model.with_value_head(loaded)
 
     def reference() -> Params:
