@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ KINDS: dict[str, type] = {
     "repetition": Repetition,
 }
 _GIVEN = ("split", "tags")
+_WANTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +62,17 @@ class Reward:
     ) -> tuple[list[float], dict[str, list[float]]]:
         """Rewards and breakdown: each term's unweighted values under its name, details `name/x`.
 
-        Raises ValueError where a user's function does not return one finite number a completion.
+        Raises ValueError where a user's function does not return a pair (values, details) with
+        one finite number a completion.
         """
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions have {len(answers)} answers")
         totals = [0.0] * len(completions)
         breakdown: dict[str, list[float]] = {}
         for name, term in self.terms.items():
-            values, details = term(completions, answers)
-            _check_values(name, values, len(completions))
-            breakdown[name] = [float(value) for value in values]
-            breakdown |= {f"{name}/{detail}": list(each) for detail, each in details.items()}
+            values, details = _read_pair(name, term(completions, answers), len(completions))
+            breakdown[name] = values
+            breakdown |= {f"{name}/{detail}": each for detail, each in details.items()}
             weight = self.weights[name]
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
         return totals, breakdown
@@ -104,20 +106,35 @@ def build(
 ) -> Reward:
     """The reward of these terms; `split` and `tags` tell the reasoning from the answer.
 
-    Raises ValueError naming the term for an unknown kind, an unknown, missing or impossible option,
-    a weight that is no number, and a user's function that is not there.
+    Raises ValueError naming the term for an unknown kind, an unknown, missing or impossible option
+    or one of another type, a weight that is no number, and a user's function that is not there.
     """
     if not configs:
         raise ValueError("rewards is empty; it needs at least one term")
     terms = {}
     for name, config in configs.items():
-        if not math.isfinite(config.weight):
-            raise ValueError(f"rewards.{name}.weight is {config.weight}; it must be finite")
+        if not _is_finite(config.weight):
+            raise ValueError(f"rewards.{name}.weight is {config.weight!r}; it must be finite")
+        _check_option_types(f"rewards.{name}.options", config)
         try:
             terms[name] = _term(config, {"split": split, "tags": tags})
         except ValueError as error:
             raise ValueError(f"rewards.{name}: {error}") from error
     return Reward(terms, {name: config.weight for name, config in configs.items()})
+
+
+def _check_option_types(where: str, config: RewardConfig) -> None:
+    """Of a kind of KINDS; an option that it does not have is left to `_term`."""
+    if config.kind not in KINDS:
+        return
+    types_of = {field.name: field.type for field in dataclasses.fields(KINDS[config.kind])}
+    for key, value in config.options.items():
+        wanted = types_of.get(key)
+        if key in _GIVEN or wanted is None:
+            continue
+        fits = _is_finite(value) if wanted is float else isinstance(value, wanted)
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{where}.{key} is {value!r}; it must be {_WANTED[wanted]}")
 
 
 def _term(config: RewardConfig, given: Mapping[str, Any]) -> RewardFn:
@@ -155,9 +172,44 @@ def _user_function(config: RewardConfig) -> RewardFn:
     return function
 
 
-def _check_values(name: str, values: Sequence[float], count: int) -> None:
-    if len(values) != count:
-        raise ValueError(f"rewards.{name} returned {len(values)} values for {count} completions")
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise ValueError(f"rewards.{name} returned {value} for completion {i}")
+def _read_pair(name: str, returned: Any, count: int) -> tuple[list[float], dict[str, list[float]]]:
+    """The values and details that a term returned, as floats. Raises ValueError naming the term."""
+    pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+    if not pair or not isinstance(returned[1], Mapping):
+        raise ValueError(
+            f"rewards.{name} returned {_shown(returned)}; it must be a pair (values, details): a "
+            "number for each completion, and a dict of more such lists to log or {}"
+        )
+    values, details = returned
+    one_each = lambda what, found: _one_each(f"rewards.{name} returned {what}", found, count)
+    return one_each("values", values), {
+        detail: one_each(f"details[{detail!r}]", each) for detail, each in details.items()
+    }
+
+
+def _one_each(what: str, found: Any, count: int) -> list[float]:
+    """A list, or an array, of a number for each completion. Raises ValueError naming `what`."""
+    right = f"it must hold one finite number for each of {count} completions"
+    try:
+        numbers = list(found)
+    except TypeError as error:
+        raise ValueError(f"{what} = {_shown(found)}; {right}") from error
+    if len(numbers) != count:
+        raise ValueError(f"{what} of length {len(numbers)}; {right}")
+    for i, number in enumerate(numbers):
+        if not _is_finite(number):
+            raise ValueError(f"{what}[{i}] = {_shown(number)}; {right}")
+    return [float(number) for number in numbers]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is one number, of any library, and finite."""
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    """The beginning of its repr, on one line."""
+    return " ".join(reprlib.repr(value).split())

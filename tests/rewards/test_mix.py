@@ -1,8 +1,12 @@
 """Terms are summed with their weights, in order, and mistakes are named in one line."""
 
+import dataclasses
+import json
 import math
+import re
 import time
 
+import numpy as np
 import pytest
 
 from jaxreason import types
@@ -25,12 +29,33 @@ def user_reward(completions, answers):
     return [float(c.num_tokens) for c in completions], {"same": [1.0] * len(answers)}
 
 
-def wrong_count(completions, answers):
-    return [1.0], {}
+# What a user's function may return by mistake for two completions, and how it is named.
+MISTAKES = {
+    "bare": ([1.0, 0.5], r"returned [1.0, 0.5]; it must be a pair (values, details)"),
+    "three": ((1.0, 0.5, 0.0), "returned (1.0, 0.5, 0.0); it must be a pair (values, details)"),
+    "nothing": (None, "returned None; it must be a pair"),
+    "table": (np.eye(2), "returned array([[1., 0... [0., 1.]]); it must be a pair"),
+    "no_dict": (([1.0, 0.5], [1.0, 0.5]), "returned ([1.0, 0.5], [1.0, 0.5]); it must be a pair"),
+    "number": ((1.0, {}), "returned values = 1.0; it must hold one finite number for each of 2"),
+    "short": (([1.0], {}), "returned values of length 1; it must hold one finite number for each"),
+    "nan": (([1.0, math.nan], {}), "returned values[1] = nan; it must hold one finite number"),
+    "text": ((["1", 1.0], {}), "returned values[0] = '1'; it must hold one finite number"),
+    "detail": (([1.0, 0.5], {"d": 1.0}), "returned details['d'] = 1.0; it must hold one finite"),
+    "long": (([1.0, 0.5], {"d": [1.0] * 3}), "returned details['d'] of length 3; it must hold"),
+    "inf": (([1.0, 0.5], {"d": [1.0, math.inf]}), "returned details['d'][1] = inf; it must hold"),
+}
 
 
-def not_finite(completions, answers):
-    return [math.nan] * len(completions), {}
+def returning(value):
+    return lambda completions, answers: value
+
+
+globals().update({f"mistaken_{name}": returning(value) for name, (value, _) in MISTAKES.items()})
+
+
+def arrays(completions, answers):
+    values = np.arange(len(answers), dtype=np.float32)
+    return values, {"first": values == 0}
 
 
 def test_gsm8k_recipe():
@@ -64,6 +89,7 @@ def test_no_completions():
     [
         (RewardConfig("maths"), "rewards.x: kind is 'maths'; it must be .*math, arithmetic"),
         (RewardConfig("math", math.nan), "rewards.x.weight is nan"),
+        (RewardConfig("math", "1"), "rewards.x.weight is '1'; it must be finite"),
         (RewardConfig("math", 1.0, {"slack": 1}), "math has no option 'slack'; it has none"),
         (RewardConfig("length"), "length needs the option 'max_tokens'"),
         (RewardConfig("length", 1.0, {"max_tokens": 0}), "max_tokens is 0"),
@@ -85,13 +111,41 @@ def test_an_empty_mix_is_refused():
         mix.build({}, split_reasoning)
 
 
-@pytest.mark.parametrize(
-    "name, message", [("wrong_count", "1 values for 2"), ("not_finite", "nan")]
-)
-def test_what_a_users_function_returns_is_checked(name, message):
-    reward = mix.build({"x": RewardConfig(f"{__name__}:{name}")}, split_reasoning)
-    with pytest.raises(ValueError, match=f"^rewards.x returned {message}"):
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_a_users_function_returns_is_checked(name):
+    reward = mix.build({"x": RewardConfig(f"{__name__}:mistaken_{name}")}, split_reasoning)
+    with pytest.raises(ValueError, match=f"^rewards.x {re.escape(MISTAKES[name][1])}") as error:
         reward(completions("a", "b"), ["", ""])
+    assert "\n" not in str(error.value)
+
+
+def test_a_users_function_may_return_arrays():
+    """They become plain floats, which a checkpoint of the rollout can write as JSON."""
+    reward = mix.build({"x": RewardConfig(f"{__name__}:arrays", 0.5)}, split_reasoning)
+    values, breakdown = reward(completions("a", "b"), ["", ""])
+    assert json.loads(json.dumps([values, breakdown])) == [
+        [0.0, 0.5],
+        {"x": [0.0, 1.0], "x/first": [1.0, 0.0]},
+    ]
+
+
+@pytest.mark.parametrize("kind", mix.KINDS)
+def test_an_option_of_another_type_is_named_when_the_mix_is_built(kind):
+    wrong = {int: ("many", True, 0.5), float: ("2", True, math.nan), str: (3,), bool: ("no", 1)}
+    for field in dataclasses.fields(mix.KINDS[kind]):
+        if field.name in ("split", "tags"):
+            continue
+        for value in wrong[field.type]:
+            named = f"^rewards.x.options.{field.name} is {value!r}; it must be "
+            with pytest.raises(ValueError, match=named) as error:
+                mix.build({"x": RewardConfig(kind, 1.0, {field.name: value})}, split_reasoning)
+            assert "\n" not in str(error.value)
+
+
+def test_a_whole_number_will_do_where_a_fraction_may_be():
+    options = {"max_tokens": 4, "shape": "linear", "shortest": 2, "longest": 0}
+    reward = mix.build({"x": RewardConfig("length", 1.0, options)}, split_reasoning)
+    assert reward(completions("a"), [""])[0] == [1.0]
 
 
 def test_loops_of_a_model_are_graded_in_linear_time():
