@@ -144,7 +144,18 @@ class Collector:
                 rewards=tuple(rewards[own]),
                 breakdown={name: tuple(values[own]) for name, values in breakdown.items()},
             )
-            solved = group.breakdown[self.solved_by]
-            self.prompts.record(prompt.id, sum(solved) / R, R)
+            self.prompts.record(prompt.id, self._solve_rate(group), R)
             groups.append(group)
         return groups
+
+    def _solve_rate(self, group: Group) -> float:
+        """The share of the completions that are right. Raises ValueError where it can be none."""
+        solved = group.breakdown[self.solved_by]
+        for value in solved:
+            if not 0 <= value <= 1:
+                raise ValueError(
+                    f"rollout.solved_by is {self.solved_by!r}, but rewards.{self.solved_by} is "
+                    f"{value} for a completion of {group.prompt.id}; its mean is the solve rate of "
+                    "a prompt, so it must be within [0, 1]: name another reward"
+                )
+        return sum(solved) / len(solved)
