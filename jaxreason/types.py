@@ -169,6 +169,17 @@ class Sampling:
             )
         if self.num_samples < 1:
             raise ValueError(f"sampling.num_samples is {self.num_samples}; it must be at least 1")
+        is_text = lambda text: isinstance(text, str) and text
+        if not (isinstance(self.stop, tuple) and all(map(is_text, self.stop))):
+            raise ValueError(
+                f"sampling.stop is {self.stop!r}; it must be a tuple of texts, none of them empty"
+            )
+        is_id = lambda i: isinstance(i, int) and not isinstance(i, bool) and i >= 0
+        if not (isinstance(self.stop_ids, tuple) and all(map(is_id, self.stop_ids))):
+            raise ValueError(
+                f"sampling.stop_ids is {self.stop_ids!r}; it must be a tuple of token ids, whole "
+                "numbers from 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
