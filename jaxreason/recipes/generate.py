@@ -157,7 +157,8 @@ class Output:
     def __init__(self, config: ConfigDict):
         self.path = pathlib.Path(config.output).expanduser()
         self.every = config.save_every
-        made_by = {"from": config.init["from"], "seed": config.seed}
+        # A part of `save_every` questions is drawn with one key: other parts, other answers.
+        made_by = {"from": config.init["from"], "seed": config.seed, "save_every": self.every}
         made_by["sampling"] = config.sampling.to_dict()
         self._made_by = json.loads(json.dumps(made_by))  # as it is read back
         if not config.output or self.path.is_dir():
@@ -172,7 +173,7 @@ class Output:
         """
         foreign = ValueError(
             f"output is {str(self.path)!r}, which holds something else than answers to these "
-            "questions with these settings: give another file, or remove it"
+            f"questions with the same {', '.join(self._made_by)}: give another file, or remove it"
         )
         try:
             lines = read_lines(self.path)

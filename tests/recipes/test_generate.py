@@ -90,8 +90,9 @@ def test_a_file_of_questions_becomes_a_file_of_answers_and_goes_on_after_a_kill(
     output.write_text("".join(cut[:3]) + cut[3][:20])  # killed inside the second part
     assert launch.main(run) == 0
     assert output.read_text() == whole
-    assert launch.main([*run, "--config.sampling.temperature=1.5"]) == 2
-    assert "something else than answers to these questions" in capsys.readouterr().err
+    for other in ("sampling.temperature=1.5", "save_every=3"):  # both change what is drawn
+        assert launch.main([*run, f"--config.{other}"]) == 2
+        assert "something else than answers to these questions" in capsys.readouterr().err
     assert output.read_text() == whole
 
 
@@ -100,6 +101,8 @@ def test_a_file_of_questions_becomes_a_file_of_answers_and_goes_on_after_a_kill(
     [
         (["--config.init.from=@sft"], "init.from is '@sft'; there is no run to take it from"),
         (["--config.sampling.top_p=2.0"], "sampling.top_p is 2.0; it must be in (0, 1]"),
+        (["--config.sampling.stop=('',)"], "sampling.stop is ('',); it must be a tuple of texts"),
+        (["--config.sampling.stop_ids=(-1,)"], "sampling.stop_ids is (-1,); it must be a tuple"),
         (
             ["--config.sampling.thinking.wording=s2"],
             "thinking.wording is 's2'; it must be one of s1, qwen3, tag",
