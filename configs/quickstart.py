@@ -120,6 +120,8 @@ def _rl(smoke: bool) -> dict:
     # At the temperature of the evaluation, nearly: at 1 most of what is learnt is to sharpen.
     stage["rollout"]["temperature"] = 0.7
     stage["train"].update(steps=90, algorithm="dapo", updates=2, length=160, rows_multiple=16)
+    # No right chain has 128 tokens: one that runs into the limit has lost its way, and learns so.
+    stage["train"]["mask_truncated_completions"] = False
     stage["train"]["optimizer"].update(learning_rate=1e-4, warmup_steps=10)
     if smoke:
         stage["rollout"].update(

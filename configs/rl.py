@@ -61,6 +61,7 @@ def _arithmetic(smoke: bool) -> ConfigDict:
     }
     c.rollout.update(num_prompts=32, num_generations=8, max_tokens=128)
     c.train.update(steps=60, length=160, rows_multiple=8, algorithm="dapo", updates=4)
+    c.train.mask_truncated_completions = False  # no right chain has 128 tokens: it lost its way
     c.train.optimizer.learning_rate = 3e-4
     c.run.save_every, c.log.every = 20, 1
     c.eval.rows = 640
@@ -105,6 +106,7 @@ def _gsm8k(_: bool) -> ConfigDict:
     rl["init"]["from"] = "@sft"
     rl["rollout"].update(num_prompts=4, num_generations=4, max_tokens=128, slots=32)
     rl["train"].update(steps=50, length=512, updates=1, rows_multiple=4)
+    rl["train"]["mask_truncated_completions"] = False  # the format is to end in time
     rl["train"]["optimizer"]["learning_rate"] = 1e-4
     c.stages = {"sft": warm_up, "rl": rl}
     c.run.save_every, c.log.every = 25, 1
@@ -201,6 +203,7 @@ def _countdown(_: bool) -> ConfigDict:
     rl["rewards"] = {"accuracy": defaults.reward("countdown")}
     rl["rollout"].update(num_prompts=48, num_generations=8, max_tokens=160, slots=512)
     rl["train"].update(steps=60, algorithm="dapo", updates=4, length=192, rows_multiple=16)
+    rl["train"]["mask_truncated_completions"] = False  # to search within 160 tokens is the task
     rl["train"]["optimizer"].update(learning_rate=2e-4, warmup_steps=10)
     c.stages = {"sft": warm_up, "rl": rl}
     c.run.save_every, c.log.every = 40, 1

@@ -14,7 +14,7 @@ import pytest
 from jaxreason import launch
 from jaxreason.data.arithmetic import ArithmeticConfig
 from jaxreason.model.config import preset
-from jaxreason.recipes import assemble
+from jaxreason.recipes import assemble, defaults
 from jaxreason.recipes.pipeline import stages_of
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,13 +71,19 @@ def test_an_unknown_argument_is_named_with_the_known_ones(name, monkeypatch):
         launch.load_config(f"{name}:tiny")
 
 
-def test_the_config_of_the_docs_is_one_that_works(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
-    (tmp_path / "mine.py").write_text(code)
+def test_the_configs_of_the_docs_are_ones_that_work(tmp_path, monkeypatch):
+    page = (ROOT / "docs/recipes.md").read_text()
+    mine, continued = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.py").write_text(mine)
+    (tmp_path / "continued.py").write_text(continued)
     monkeypatch.chdir(tmp_path)
-    config = launch.load_config("mine")
-    source = assemble.DataConfig(**config.data.to_dict()).sources["mine"]
+    monkeypatch.syspath_prepend(ROOT)  # the second is for a checkout
+    configs = [launch.load_config(name) for name in ("mine", "continued")]
+    for config in configs:
+        defaults.check_keys(config)
+    source = assemble.DataConfig(**configs[0].data.to_dict()).sources["mine"]
     assert (source.reasoning_field, source.response_field) == ("solution", "answer")
+    assert configs[1].stages.continued.init["from"] == "runs/quickstart@sft_cot"
 
 
 # ---------------------------------------------------------------------------------- the README
@@ -97,12 +103,19 @@ def test_ci_runs_the_readmes_test_command():
     assert found.stdout == re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/scaling.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/recipes.md", "docs/scaling.md", "docs/benchmarks.md"]
+)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text())
     assert links
     for link in links:
-        assert ((ROOT / page).parent / link).exists(), link
+        file, _, heading = link.partition("#")
+        target = (ROOT / page).parent / file
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], link
 
 
 def test_the_tree_of_the_readme_is_the_tree():

@@ -347,12 +347,12 @@ def bench_rollout(case: Case, settings: Settings) -> list[Result | str]:
     with peers.load(case.config, params, bfloat16=not on_cpu()) as peer:
         runs = peers.rollouts(peer, prompts, limits, BATCHES)
         name, made = _best_rollout(runs)
-        first = slice(0, 32)  # comparing them all would take as long as making them
+        first = slice(0, BATCHES[0])  # comparing them all would take as long as making them
         gaps = peers.first_differences(peer, prompts[first], *_padded(found[first], made[first]))
         if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
             raise SystemExit(f"error: {len(gaps)} rows have other tokens, by gaps of {gaps}")
         theirs = lambda run=runs[name]: sum(map(len, run()))
-        name += f"; same tokens in {32 - len(gaps)} of 32 rows"
+        name += f"; same tokens in {BATCHES[0] - len(gaps)} of {BATCHES[0]} rows"
         return [Result(**result, **in_turn(settings, ours, theirs, long=True), peer=name), sharing]
 
 

@@ -147,7 +147,7 @@ def rl_config() -> dict:
             "entropy_target": config_dict.placeholder(float),  # nats a token: adaptive entropy
             "updates": 4,  # a rollout is split into so many
             "num_iterations": 1,
-            "mask_truncated_completions": False,
+            "mask_truncated_completions": True,
             "length": 512,
             "rows_multiple": 8,
             "optimizer": dataclasses.asdict(

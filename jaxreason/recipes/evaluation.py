@@ -75,6 +75,8 @@ def build(
     config: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, model: LanguageModel
 ) -> Evaluation:
     """Raises ValueError naming the set for a missing file, an unknown kind or a bad number."""
+    if config.eval.rows < 1:
+        raise ValueError(f"eval.rows is {config.eval.rows}; it must be at least 1")
     sampled, texts = [], {}
     for name, spec in config.eval.sets.items():
         if spec.kind == "text":

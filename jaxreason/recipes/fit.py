@@ -62,7 +62,7 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
     return Stage(name, section, data, optimizer, fit_config, start)
 
 
-def check_data(stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
+def check_data(config: ConfigDict, stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
     """Opens the data. Raises ValueError for whatever is wrong with it."""
     pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
 

@@ -71,7 +71,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     prepare_data(config, workdir, progress)
     for stage in trained:
         with _naming(config, stage.name):
-            _TRAINING[stage.section.kind].check_data(stage, tokenizer, workdir)
+            _TRAINING[stage.section.kind].check_data(config, stage, tokenizer, workdir)
     evaluate = evaluation.build(config, workdir, tokenizer, model)
     describe(config, workdir, model, trained[0].length)
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")

@@ -2,13 +2,16 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from jaxreason.checkpoint.store import Store
 from jaxreason.data import prompts as prompts_lib
 from jaxreason.model.decoder import LanguageModel
-from jaxreason.objectives.policy import PRESETS, Algorithm
+from jaxreason.objectives.advantage import GROUPED
+from jaxreason.objectives.policy import CORRECTIONS, KLS, PRESETS, Algorithm, PolicyGradient
 from jaxreason.parallel import rules
 from jaxreason.parallel.mesh import AXES, make_mesh
 from jaxreason.recipes import assemble, checkpoints, evaluation
@@ -23,7 +26,16 @@ from jaxreason.train.collect import CollectConfig, Collector
 from jaxreason.train.groups import RowsConfig
 from jaxreason.train.rl import RL, RLConfig, make_score, train
 from jaxreason.train.step import make_train_step
-from jaxreason.types import Params, Sampling
+from jaxreason.types import Params, Prompt, Sampling
+
+# Numbers of PolicyGradient that only some choices of a switch read.
+_READ_BY = {
+    "delta": ("clip", ("dual",)),
+    "cap": ("clip", ("cispo",)),
+    "beta": ("kl", KLS[1:]),
+    "is_min": ("correction", CORRECTIONS[1:]),
+    "is_max": ("correction", CORRECTIONS[1:]),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +64,11 @@ class RLStage:
 
 def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
     """Raises ValueError, naming key, value and what would be right, for whatever cannot run."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"kind is 'rl' and there are {jax.process_count()} processes; reinforcement learning "
+            "runs in one, on all devices of its host"
+        )
     rollout, training = section.rollout, section.train
     fields = section.data.to_dict()
     prompts = prompts_lib.PromptConfig(
@@ -66,6 +83,7 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
     if sampling.temperature == 0:
         raise ValueError("rollout.temperature is 0; a policy is learnt from samples: above 0")
     algorithm = _algorithm(training, rollout)
+    _check_rollout(section, algorithm)
     loop = RLConfig(
         steps=training.steps,
         updates=training.updates,
@@ -105,20 +123,48 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
 
 
 def _algorithm(training: ConfigDict, rollout: ConfigDict) -> Algorithm:
-    """The preset, with every switch that the config sets itself."""
+    """The preset, with every switch that the config sets itself.
+
+    A number of the preset that the chosen switches do not read is dropped.
+    """
     if training.algorithm not in PRESETS:
         raise ValueError(f"train.algorithm is {training.algorithm!r}; known: {', '.join(PRESETS)}")
     preset = PRESETS[training.algorithm]
-    changed = lambda old, section: dataclasses.replace(
-        old, **{key: value for key, value in section.items() if value is not None}
-    )
-    policy = changed(preset.policy, training.policy)
+    given = lambda section: {key: value for key, value in section.items() if value is not None}
+    own, plain = given(training.policy), PolicyGradient()
+    dropped = {
+        number: getattr(plain, number)
+        for number, (switch, choices) in _READ_BY.items()
+        if own.get(switch, getattr(preset.policy, switch)) not in choices
+    }
+    limits = {"temperature": rollout.temperature, "max_length": rollout.max_tokens}
     return Algorithm(
-        policy=dataclasses.replace(
-            policy, temperature=rollout.temperature, max_length=rollout.max_tokens
-        ),
-        advantage=changed(preset.advantage, training.advantage),
+        policy=dataclasses.replace(preset.policy, **dropped | own | limits),
+        advantage=dataclasses.replace(preset.advantage, **given(training.advantage)),
     )
+
+
+def _check_rollout(section: ConfigDict, algorithm: Algorithm) -> None:
+    """Whether there can be groups to learn from."""
+    rollout, estimator = section.rollout, algorithm.advantage.estimator
+    if estimator == "external":
+        raise ValueError(
+            "train.advantage.estimator is 'external', which is for advantages that a recipe of "
+            "its own makes; reinforcement learning makes them from rewards"
+        )
+    grouped = rollout.filter_zero_std or estimator in GROUPED
+    if rollout.num_generations < (2 if grouped else 1):
+        raise ValueError(
+            f"rollout.num_generations is {rollout.num_generations}; the completions of a prompt "
+            "are compared: at least 2 (1 is for train.algorithm = reinforce_pp or ppo with "
+            "rollout.filter_zero_std = false)"
+        )
+    for name in ("num_prompts", "max_tokens", "slots"):
+        if rollout[name] < 1:
+            raise ValueError(f"rollout.{name} is {rollout[name]}; it must be at least 1")
+    if section.train.rows_multiple < 1:
+        raise ValueError(f"train.rows_multiple is {section.train.rows_multiple}; at least 1")
+    _sampler_mesh(section)
 
 
 def _check_numbers(config: ConfigDict, section: ConfigDict, loop: RLConfig) -> None:
@@ -142,14 +188,28 @@ def _check_numbers(config: ConfigDict, section: ConfigDict, loop: RLConfig) -> N
         )
 
 
-def check_data(stage: RLStage, tokenizer: Tokenizer, workdir: Workdir) -> None:
-    """Opens the prompts and reads every gold answer. Raises ValueError naming the first bad one."""
+def check_data(config: ConfigDict, stage: RLStage, tokenizer: Tokenizer, workdir: Workdir) -> None:
+    """Opens the prompts, reads every gold answer, and sees that prompts fit into a row.
+
+    Raises ValueError naming the first that is wrong.
+    """
+    encode = evaluation.prompt_encoder(config, tokenizer)
+    room, frame = stage.length - stage.sampling.max_tokens, len(encode(""))
+
+    def check(prompts: Sequence[Prompt]) -> None:
+        reward.check(prompts)
+        for prompt in prompts:
+            if len(prompt.text.encode()) + frame <= room:
+                continue  # a token is a byte at least: it need not be encoded
+            if len(encode(prompt.text)) > room:
+                raise ValueError(
+                    f"{prompt.id} has {len(encode(prompt.text))} tokens; train.length = "
+                    f"{stage.length} leaves {room} beside rollout.max_tokens = "
+                    f"{stage.sampling.max_tokens}"
+                )
+
     with mix.build(stage.rewards, chat.split_reasoning) as reward:
-        _open_prompts(stage, reward, workdir, say=lambda line: None)
-
-
-def _open_prompts(stage: RLStage, reward: mix.Reward, workdir: Workdir, say):
-    return prompts_lib.build(stage.prompts, workdir.data, say=say, check=reward.check)
+        prompts_lib.build(stage.prompts, workdir.data, say=lambda line: None, check=check)
 
 
 def model_of(run: Run, stage: RLStage) -> LanguageModel:
@@ -161,13 +221,23 @@ def model_of(run: Run, stage: RLStage) -> LanguageModel:
 
 def sampler_of(run: Run, stage: RLStage, model: LanguageModel) -> LanguageModel:
     """The model as it samples: the trainer's, or the same on `rollout.mesh`."""
-    shape = {k: v for k, v in stage.section.rollout.mesh.items() if v is not None}
-    if not shape:
+    mesh = _sampler_mesh(stage.section)
+    if mesh is None:
         return model
-    mesh = make_mesh({axis: shape.get(axis, 1) for axis in AXES})
     return LanguageModel(
         model.config, model.execution, mesh, run.tokenizer.vocab_size, model.value_head
     )
+
+
+def _sampler_mesh(section: ConfigDict) -> jax.sharding.Mesh | None:
+    """None: the trainer's."""
+    shape = {axis: size for axis, size in section.rollout.mesh.items() if size is not None}
+    if not shape:
+        return None
+    try:
+        return make_mesh({axis: shape.get(axis, 1) for axis in AXES})
+    except ValueError as error:
+        raise ValueError(f"rollout.mesh: {error}") from error
 
 
 def run_stage(run: Run, stage: RLStage) -> None:
@@ -204,7 +274,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
         collector = Collector(
             config=stage.collect,
             sampling=stage.sampling,
-            prompts=_open_prompts(stage, reward, workdir, say=run.progress.say),
+            prompts=prompts_lib.build(stage.prompts, workdir.data, say=run.progress.say),
             encode=encode,
             generate=evaluation.generator(
                 config,

@@ -117,7 +117,7 @@ class Engine:
         on_cpu = jax.default_backend() == "cpu"
         self.group = config.group or (16 if on_cpu else config.slots)
         # Two programs at a time on one mesh could wait for each other's exchanges for ever.
-        cores = os.cpu_count() if on_cpu and self.mesh is None else 1
+        cores = _cores() if on_cpu and self.mesh is None else 1
         self.streams = config.streams or min(cores, -(-config.slots // self.group))
         self._sizes: dict[str, int] = {}
         self.weights = jax.jit(model.decode_weights)
@@ -294,3 +294,10 @@ class Engine:
             budget=control,
         )
         return rows, (token_B, logprob_B, forced_B, removed_B)
+
+
+def _cores() -> int:
+    """How many this process may use, where the system can say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

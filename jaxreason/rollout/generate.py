@@ -55,9 +55,7 @@ def build_generate(
         if not prompts:
             return []
         prompt_ids = [list(encode(prompt)) for prompt in prompts]
-        requests = _requests(
-            prompt_ids, samplings, config.share_prefix, engine.streams * engine.lanes
-        )
+        requests = _requests(prompt_ids, samplings, engine)
         found: dict[tuple[int, int], Completion] = {}
         weights = engine.weights(place(params, model))
         stop_ids = lambda s: s.stop_ids if s.ignore_eos else (*s.stop_ids, eos_id)
@@ -130,15 +128,18 @@ def finish_stop_text(request: Request, decode: Callable[[list[int]], str]) -> No
 
 
 def _requests(
-    prompts: Sequence[list[int]], samplings: Sequence[Sampling], share_prefix: bool, parts: int
+    prompts: Sequence[list[int]], samplings: Sequence[Sampling], engine: Engine
 ) -> list[Request]:
     """All requests, those with the highest limit first, those of a prompt together.
 
-    Samples share their prompt; where there are fewer prompts than parts of the engine, each
-    part has its own.
+    Samples share their prompt. Where there are fewer prompts than lanes, each lane has its own, and
+    each stream too whose group the samples fill.
     """
     requests = []
-    copies = -(-parts // len(prompts)) if share_prefix else max(s.num_samples for s in samplings)
+    most = copies = max(s.num_samples for s in samplings)
+    if engine.config.share_prefix:
+        streams = min(engine.streams, -(-most // (engine.lanes * engine.group)))
+        copies = -(-engine.lanes * streams // len(prompts))
     for p, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True)):
         if not ids:
             raise ValueError(f"prompt {p} has no tokens; it needs at least one")

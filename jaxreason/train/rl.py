@@ -52,6 +52,9 @@ class RLConfig:
         for name in (*least, "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, key in (("entropy_coef", "train.entropy_coef"), ("evaluate_every", "eval.every")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{key} is {getattr(self, name)}; it must be 0 or more")
         if self.max_mult_prob_error <= 1:
             raise ValueError(
                 f"rollout.max_mult_prob_error is {self.max_mult_prob_error}; it must be above 1, "
@@ -145,9 +148,9 @@ def train(
                 raise Terminated from None
             rollouts.draw_ahead(done + 2, state.params)
             learning = time.perf_counter()
-            if len(rollout.groups) < job.collector.config.num_prompts:
+            if why := _why_skipped(job, rollout):
                 host["skipped"] += 1
-                job.progress.say(_why_skipped(job, rollout))
+                job.progress.say(f"{job.stage}: step {rollout.step} skipped: {why}")
                 values = {}
             else:
                 state, values = _learn(job, state, rollout, host["entropy_applied"], frozen)
@@ -162,6 +165,7 @@ def train(
             values |= _rollout_values(rollout) | {
                 "rollout/skipped": host["skipped"],
                 "perf/step_time": now - began,
+                "perf/tokens_per_sec": values.get("num_tokens", 0.0) / (now - began),
                 "perf/rollout_time": rollout.ended - rollout.began,
                 "perf/train_time": now - learning,
                 "perf/rollout_wait": learning - began,
@@ -274,6 +278,8 @@ def _learn(
         )
     for name in found[0]:
         values[name] = float(np.mean([metrics[name] for metrics in found]))
+    values["clip_ratio/low_min"] = float(min(m["clip_ratio/low_mean"] for m in found))
+    values["clip_ratio/high_max"] = float(max(m["clip_ratio/high_mean"] for m in found))
     values["num_tokens"] = float(sum(b.weights_BT.sum() for b in batches))
     return state, values
 
@@ -416,10 +422,18 @@ def _cut_samples(job: RL, done: int) -> None:
     write_whole(job.samples, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def _why_skipped(job: RL, rollout: Rollout) -> str:
-    config = job.collector.config
-    return (
-        f"{job.stage}: step {rollout.step} skipped: {len(rollout.groups)} of {config.num_prompts} "
-        f"groups had different rewards after {rollout.gen_batches} draws "
-        "(rollout.max_gen_batches)"
-    )
+def _why_skipped(job: RL, rollout: Rollout) -> str | None:
+    """What keeps a rollout from being learnt from; None where nothing does."""
+    wanted = job.collector.config.num_prompts
+    if len(rollout.groups) < wanted:
+        return (
+            f"{len(rollout.groups)} of {wanted} groups had different rewards after "
+            f"{rollout.gen_batches} draws (rollout.max_gen_batches)"
+        )
+    completions = [c for group in rollout.groups for c in group.completions]
+    if job.rows.mask_truncated and all(c.truncated for c in completions):
+        return (
+            f"all {len(completions)} completions ran into rollout.max_tokens "
+            "(train.mask_truncated_completions)"
+        )
+    return None

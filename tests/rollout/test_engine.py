@@ -11,7 +11,8 @@ import pytest
 from tiny_models import tiny_model, tiny_params
 
 from jaxreason.parallel.mesh import make_mesh
-from jaxreason.rollout.engine import EngineConfig
+from jaxreason.rollout import generate as generate_lib
+from jaxreason.rollout.engine import Engine, EngineConfig
 from jaxreason.rollout.generate import build_generate
 from jaxreason.types import Sampling
 
@@ -180,6 +181,34 @@ def test_nothing_is_traced_after_the_warm_up():
         run(np.random.default_rng(seed).integers(1, 61, 18), samples, seed)
     with pytest.raises(AssertionError, match="traced"):  # the guard sees what it should
         generate(params, [[1] * 70], GREEDY, jax.random.key(0))
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
+    """However many streams there are; without sharing, once a sample."""
+    model, params = tiny_model(), tiny_params()
+    prompts, read = [[1] * 20, [2] * 30, [3] * 25], []
+
+    class Counting(Engine):
+        def __init__(self, *args):
+            super().__init__(*args)
+            prefill = self.prefill
+
+            def counted(*args, **static):
+                read.append(int(args[-1].sum()))  # tokens of each prompt, in this call
+                return prefill(*args, **static)
+
+            self.prefill = counted
+
+    monkeypatch.setattr(generate_lib, "Engine", Counting)
+    for config, times in (
+        (EngineConfig(slots=16, group=4, streams=1), 1),
+        (EngineConfig(slots=16, group=4, streams=4), 1),
+        (EngineConfig(slots=16, group=4, streams=1, share_prefix=False), 4),
+    ):
+        read.clear()
+        generate = build_generate(model, list, str, EOS, config)
+        generate(params, prompts, Sampling(max_tokens=3, num_samples=4), jax.random.key(0))
+        assert sum(read) == times * sum(len(p) - 1 for p in prompts), config
 
 
 def test_settings_that_cannot_work_are_refused():

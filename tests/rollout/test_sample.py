@@ -1,6 +1,7 @@
 """One draw: what the filters keep, how often each token comes, and what is recorded of it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,16 @@ def test_filters_keep_what_sorting_keeps(spread):
         got |= {i for i in want if logp_V[i] < logp_V.max() - 87}  # 0 in float32, never drawn
         # Where the mass of a prefix meets top_p to float32 rounding, either end is right.
         assert want ^ got <= {min(want | got, key=lambda i: logp_V[i])}, (s, len(want), len(got))
+
+
+def test_nothing_is_sorted():
+    """A full sort of 152k words takes longer than the model's step."""
+    samplings = [Sampling(max_tokens=9, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)] * 2
+    logits_BV, keys_B = jnp.zeros((2, 512)), jax.random.split(jax.random.key(0), 2)
+    features, seen_BV = Features.of(samplings), jnp.zeros((2, 512), bool)
+    program = lambda logits_BV: draw(logits_BV, keys_B, rows_of(samplings), features, seen_BV)
+    names = re.findall(r"= (\w+)", str(jax.make_jaxpr(program)(logits_BV)))
+    assert "exp" in names and not {"sort", "top_k", "approx_top_k"} & set(names)
 
 
 def test_equal_probabilities_are_kept_together():

@@ -227,6 +227,42 @@ def test_sigterm_in_a_rollout_saves_and_exits_143(tmp_path, uninterrupted, async
     assert_same_run((run(tmp_path, asynchronous=asynchronous), tmp_path), whole)
 
 
+@pytest.mark.parametrize("step, times", [(3, 1), (3, 2), (1, 2)])
+def test_no_complete_draw_is_sampled_again(tmp_path, step, times):
+    """SIGTERM in the second draw of a step, then in the third: each resumes where the last ended.
+
+    The checkpoint in front of step 3 is there already, the one of step 1 from the second time on.
+    """
+    finished = []
+
+    def rarely(completions, answers):  # so that a step needs several draws
+        values = [float(c.ids[0] % 8 == 0) for c in completions]
+        return values, {"even": values}
+
+    def generate(stop_in, calls, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        drawn = GENERATE(*args, **kwargs)
+        finished.append(drawn)
+        return drawn
+
+    def go(workdir, stop_in=None):
+        workdir.mkdir(exist_ok=True)
+        collect = collector(rarely, functools.partial(generate, stop_in, []))
+        return run(workdir, collect=collect, save_every=2), workdir
+
+    whole, draws = go(tmp_path / "whole"), finished[:]
+    needed = [int(r["rollout/gen_batches"]) for r in log(whole[1])]
+    assert needed[step - 1] > 2
+    finished.clear()
+    for stop_in in [sum(needed[: step - 1]) + 2, 2][:times]:
+        with pytest.raises(Terminated):
+            go(tmp_path / "cut", stop_in)
+    assert_same_run(go(tmp_path / "cut"), whole)
+    assert finished == draws
+
+
 def test_an_interrupted_rollout_keeps_its_complete_draws():
     """Build 6: the groups, the prompt stream and the counters go on where the last draw ended."""
     config = dict(num_prompts=8)
@@ -285,6 +321,17 @@ def test_a_step_without_enough_groups_is_skipped_counted_and_logged(tmp_path):
     assert [(r["reward"], r["frac_reward_zero_std"]) for r in records] == [(0.0, 1.0)] * 2
     assert [r["rollout/gen_batches"] for r in records] == [2, 2]
     assert collect.prompts.solve_rate(QUESTIONS[0].id) == 0.0
+
+
+def test_a_step_in_which_every_completion_was_cut_off_is_skipped(tmp_path):
+    """The overlong filter leaves nothing of it to learn from."""
+    rows = dataclasses.replace(JOB["rows"], mask_truncated=True)
+    cut_off = lambda *args, **kw: [
+        [dataclasses.replace(c, truncated=True) for c in group] for group in GENERATE(*args, **kw)
+    ]
+    state, tokens = run(tmp_path, rows=rows, collect=collector(generate=cut_off), steps=2)
+    assert state.step == 0 and tokens == 0
+    assert [r["rollout/skipped"] for r in log(tmp_path)] == [1, 2]
 
 
 def test_the_difficulty_of_a_prompt_is_what_was_solved_of_it():

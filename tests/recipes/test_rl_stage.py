@@ -1,0 +1,85 @@
+"""What a stage of reinforcement learning refuses before anything is trained."""
+
+import pathlib
+
+import pytest
+
+from jaxreason import launch
+from jaxreason.objectives.policy import PRESETS
+from jaxreason.recipes import defaults, rl
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.text.tokenizer import ByteTokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def plan(monkeypatch, **changes) -> rl.RLStage:
+    monkeypatch.chdir(ROOT)
+    config = launch.load_config("rl:smoke")
+    for key, text in {"train.rows_multiple": "8", **changes}.items():
+        launch.override(config, key, text)
+    return rl.plan(config, "rl", config)
+
+
+MISTAKES = {
+    "train.advantage.estimator=external": r"estimator is 'external', which is for",
+    "rollout.num_generations=1": r"rollout\.num_generations is 1; .* at least 2",
+    "rollout.slots=0": r"rollout\.slots is 0; it must be at least 1",
+    "rollout.mesh.tensor=3": r"rollout\.mesh: .*tensor",
+    "train.rows_multiple=0": r"train\.rows_multiple is 0; at least 1",
+    "train.entropy_coef=-0.1": r"train\.entropy_coef is -0\.1; it must be 0 or more",
+    "eval.every=-1": r"eval\.every is -1; it must be 0 or more",
+    "rollout.temperature=0": r"rollout\.temperature is 0",
+    "rollout.solved_by=format": r"rollout\.solved_by is 'format'; it must be one of .*accuracy",
+    "train.updates=3": r"rollout\.num_prompts is 4; it must be a multiple of train\.updates = 3",
+}
+
+
+@pytest.mark.parametrize("flag", MISTAKES)
+def test_what_cannot_run_is_named(monkeypatch, flag):
+    key, _, value = flag.partition("=")
+    with pytest.raises(ValueError, match=MISTAKES[flag]) as error:
+        plan(monkeypatch, **{key: value})
+    assert "\n" not in str(error.value)
+
+
+def test_one_completion_a_prompt_is_for_estimators_without_groups(monkeypatch):
+    alone = {"rollout.num_generations": "1", "rollout.filter_zero_std": "false"}
+    for algorithm in ("reinforce_pp", "ppo"):
+        plan(monkeypatch, **alone, **{"train.algorithm": algorithm})
+    with pytest.raises(ValueError, match="at least 2"):
+        plan(monkeypatch, **alone, **{"train.algorithm": "grpo"})
+
+
+def test_a_switch_that_is_set_leaves_no_number_of_the_presets_own_choice(monkeypatch):
+    algorithm = lambda name, **switches: (
+        plan(
+            monkeypatch,
+            **{"train.algorithm": name},
+            **{f"train.policy.{key}": value for key, value in switches.items()},
+        ).algorithm
+    )
+    assert algorithm("cispo").policy.cap is not None
+    assert algorithm("cispo", clip="ppo").policy.cap is None
+    assert algorithm("cispo", clip="dual", delta="4.0").policy.delta == 4
+    grpo = algorithm("grpo", kl="none")
+    assert grpo.policy.beta == 0 and not grpo.needs_reference
+    assert algorithm("grpo", kl="k2").policy.beta == PRESETS["grpo"].policy.beta
+
+
+def test_a_prompt_that_leaves_no_room_for_its_completion_is_found_in_the_data(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "p.jsonl").write_text(
+        '{"q": "1+1", "a": "2"}\n{"q": "%s", "a": "3"}\n' % ("1+1+1" * 30)
+    )
+    monkeypatch.chdir(ROOT)
+    config = launch.load_config("rl:smoke")
+    config.data.sources = {
+        "mine": defaults.prompts(
+            name="mine", path=str(tmp_path / "p.jsonl"), prompt_field="q", answer_field="a"
+        )
+    }
+    stage = rl.plan(config, "rl", config)
+    with pytest.raises(ValueError, match=r"data\.sources\.mine: mine/1 has 150 tokens; .* leaves"):
+        rl.check_data(config, stage, ByteTokenizer(), Workdir(tmp_path))
