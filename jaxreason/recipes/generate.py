@@ -46,6 +46,8 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
             f"prompt_template is {config.prompt_template!r}; in a conversation its one field is "
             "{prompt}"
         )
+    if config.rows < 1:
+        raise ValueError(f"rows is {config.rows}; it must be at least 1")
     if config.remember not in ("auto", "true", "false"):
         raise ValueError(f"remember is {config.remember!r}; it must be auto, true or false")
 
@@ -159,7 +161,7 @@ class Output:
         self.every = config.save_every
         # A part of `save_every` questions is drawn with one key: other parts, other answers.
         made_by = {"from": config.init["from"], "seed": config.seed, "save_every": self.every}
-        made_by["sampling"] = config.sampling.to_dict()
+        made_by |= {"sampling": config.sampling.to_dict(), "chat": config.chat.to_dict()}
         self._made_by = json.loads(json.dumps(made_by))  # as it is read back
         if not config.output or self.path.is_dir():
             raise ValueError(f"output is {config.output!r}; it must name a file")
