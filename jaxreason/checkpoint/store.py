@@ -1,6 +1,7 @@
 """Checkpoints of a run: Orbax, asynchronous, complete or absent."""
 
 import json
+import os
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any, Self
@@ -11,10 +12,12 @@ import jax
 #   state  the TrainState: step, params, optimizer state, PRNG key      arrays, sharded (OCDBT)
 #   data   where the data stream stands: iterator, packer, shard states  JSON
 #   host   what the loop keeps on the host: counters, tables             JSON
+#   later.json  {"data", "host"} of a second save of the step, which replace the first ones
 # Resuming: 1. build the config, mesh and abstract state; 2. latest() is the newest complete step;
 # 3. restore() checks every shape, then loads the arrays straight into their shardings; 4. the data
 # stream is set to `data`; 5. the loop takes `host`, cuts its logs back to the step and goes on.
 _STATE, _DATA, _HOST = "state", "data", "host"
+_LATER = "later.json"
 
 
 class Store:
@@ -37,21 +40,28 @@ class Store:
         )
 
     def save(self, step: int, items: Mapping[str, Any], *, wait: bool = False) -> None:
-        """Saves {"state": pytree, "data": JSON, "host": JSON}; a step already saved stays as it is.
+        """Saves {"state": pytree, "data": JSON, "host": JSON}.
+
+        A step already saved keeps its state, which is the same one; data and host, which go on
+        between two steps, are replaced together, at once.
 
         Returns once the state is safe from donation, the writing goes on behind; `wait` waits for
         that too. A save still running is waited for, never skipped. An error of an earlier save is
         raised here. Raises TypeError when data or host is not JSON.
         """
         self.wait()
-        if step not in _steps(self._checkpointer):
-            # Orbax encodes JSON in the background; the loop may change these dicts meanwhile.
-            snapshot = {name: json.loads(json.dumps(items[name])) for name in (_DATA, _HOST)}
-            # force: no policy of Orbax's may skip a save (its default one drops those in a hurry).
-            response = self._checkpointer.save_checkpointables_async(
-                step, {_STATE: items[_STATE], **snapshot}, force=True
-            )
-            assert response is not None, f"Orbax skipped the save of step {step}"
+        text = json.dumps({name: items[name] for name in (_DATA, _HOST)})
+        if step in _steps(self._checkpointer):
+            # Not overwrite=True: Orbax deletes the old step before it writes the new one.
+            _replace(self._checkpointer.directory / str(step) / _LATER, text)
+            return
+        # Orbax encodes JSON in the background; the loop may change these dicts meanwhile.
+        snapshot = json.loads(text)
+        # force: no policy of Orbax's may skip a save (its default one drops those in a hurry).
+        response = self._checkpointer.save_checkpointables_async(
+            step, {_STATE: items[_STATE], **snapshot}, force=True
+        )
+        assert response is not None, f"Orbax skipped the save of step {step}"
         if wait:
             self.wait()
 
@@ -75,7 +85,10 @@ class Store:
         where = self._checkpointer.directory / str(step)
         _check_same_leaves(where, _leaves(saved), _leaves(abstract_state))
         wanted = {_STATE: abstract_state, _DATA: None, _HOST: None}
-        return step, self._checkpointer.load_checkpointables(step, wanted)
+        items = self._checkpointer.load_checkpointables(step, wanted)
+        if (where / _LATER).exists():
+            items |= json.loads((where / _LATER).read_text(encoding="utf-8"))
+        return step, items
 
     def wait(self) -> None:
         """Until the save that is running is complete. Raises its error."""
@@ -142,6 +155,16 @@ def _open(directory: pathlib.Path, **options: Any) -> Any:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context.checkpointables.registry = registry
     return ocp.training.Checkpointer(directory.absolute(), context=context, **options)
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """The file holds its old text or all of the new one, whenever the process is killed."""
+    half = path.with_name(f"{path.name}.tmp")
+    with half.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(half, path)
 
 
 def _steps(checkpointer: Any) -> list[int]:

@@ -143,8 +143,36 @@ def test_quick_saves_all_land_and_the_last_two_stay(tmp_path):
             store.save(step, items(state, step))
         store.wait()
         assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["7", "8"]
-        store.save(8, items(state, -1), wait=True)  # again: nothing happens
-        assert store.restore(abstract(state))[1]["host"] == {"n": 8}
+
+
+def test_a_step_saved_again_takes_the_new_data_and_host(tmp_path, monkeypatch):
+    """Killed before the one rename that replaces them, the step is whole and the old one."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    def check(store, note):
+        step, restored = store.restore(abstract(state))
+        assert step == 1
+        assert_bit_equal(restored["state"], state)
+        assert (restored["data"], restored["host"]) == (items(state, note)["data"], {"n": note})
+
+    state = make_state()
+    with Store(tmp_path) as store:
+        store.save(1, items(state, 0))  # still being written when it is saved again
+        for note in (1, 2):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(os, "replace", killed)
+                store.save(1, items(state, note))
+            check(store, note - 1)
+            store.save(1, items(state, note))
+            check(store, note)
+    with Store(tmp_path, keep=1) as store:
+        check(store, 2)
+        assert_bit_equal(restore_params(tmp_path, abstract(state.params)), state.params)
+        store.save(2, items(state, 3), wait=True)
+        assert store.restore(abstract(state))[1]["host"] == {"n": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_an_older_checkpoint_goes_only_after_the_newer_is_complete(tmp_path):
