@@ -23,7 +23,7 @@ What was chosen, and why:
 - RL samples at 0.7, near the evaluation's 0.6: at 1 most of what is learnt is to sharpen. Adam at
   1e-4 in two updates of 256 completions a step: 3e-4 from the first update on ruined the policy.
 
-Result on 2 cores: avg@4 0.86 for rl, 0.78 for sft_cot, 0.34 for sft_answer, in 10 min 13 s
+Result on 2 cores: avg@4 0.86 for rl, 0.78 for sft_cot, 0.34 for sft_answer, in 10 min 9 s
 (docs/benchmarks.md).
 """
 
