@@ -346,7 +346,7 @@ def bench_rollout(case: Case, settings: Settings) -> list[Result | str]:
         return [Result(**result, **in_turn(settings, ours, None, long=True), peer=reason), sharing]
     with peers.load(case.config, params, bfloat16=not on_cpu()) as peer:
         runs = peers.rollouts(peer, prompts, limits, BATCHES)
-        name, made = _best_rollout(runs)
+        name, made = peers.best_rollout(runs)
         first = slice(0, BATCHES[0])  # comparing them all would take as long as making them
         gaps = peers.first_differences(peer, prompts[first], *_padded(found[first], made[first]))
         if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
@@ -354,21 +354,6 @@ def bench_rollout(case: Case, settings: Settings) -> list[Result | str]:
         theirs = lambda run=runs[name]: sum(map(len, run()))
         name += f"; same tokens in {BATCHES[0] - len(gaps)} of {BATCHES[0]} rows"
         return [Result(**result, **in_turn(settings, ours, theirs, long=True), peer=name), sharing]
-
-
-def _best_rollout(runs: dict[str, Callable[..., list]]) -> tuple[str, list[list[int]]]:
-    """(name, result) of the fastest; a run ends when it has taken longer than the best before."""
-    best, name, made = math.inf, None, None
-    for candidate, run in runs.items():
-        start = time.perf_counter()
-        try:
-            found = run(best)
-        except TimeoutError:
-            continue
-        seconds = time.perf_counter() - start
-        if seconds < best:
-            best, name, made = seconds, candidate, found
-    return name, made
 
 
 def rollout_requests() -> tuple[list[list[int]], list[int]]:

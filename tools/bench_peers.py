@@ -173,6 +173,21 @@ def rollouts(
     return runs | {"continuous batching": continuously}
 
 
+def best_rollout(runs: dict[str, Callable[..., list]]) -> tuple[str, list[list[int]]]:
+    """(name, result) of the fastest; a run ends when it has taken longer than the best before."""
+    best, name, made = math.inf, None, None
+    for candidate, run in runs.items():
+        start = time.perf_counter()
+        try:
+            found = run(best)
+        except TimeoutError:
+            continue
+        seconds = time.perf_counter() - start
+        if seconds < best:
+            best, name, made = seconds, candidate, found
+    return name, made
+
+
 def _continuously(
     model, prompts: list[list[int]], limits: list[int], seconds: float
 ) -> list[list[int]]:

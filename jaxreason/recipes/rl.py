@@ -309,20 +309,21 @@ def run_stage(run: Run, stage: RLStage) -> None:
             evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
         )
         _, tokens = train(job, key, params, reference if stage.algorithm.needs_reference else None)
+    seconds = round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0)
     records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
+    content = {"steps": stage.steps, "tokens": int(tokens), **_outcome(records)}
+    workdir.mark(stage.name, content | {"seconds": seconds})
+
+
+def _outcome(records: Sequence[dict]) -> dict:
+    """What summary.json says of a stage's log."""
     learnt = [record for record in records if "loss" in record]
-    workdir.mark(
-        stage.name,
-        {
-            "steps": stage.steps,
-            "tokens": int(tokens),
-            "final_loss": learnt[-1].get("loss") if learnt else None,
-            "first_reward": records[0]["reward"],
-            "final_reward": records[-1]["reward"],
-            "skipped": records[-1]["rollout/skipped"],
-            "seconds": round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0),
-        },
-    )
+    return {
+        "final_loss": learnt[-1]["loss"] if learnt else None,
+        "first_reward": records[0]["reward"],
+        "final_reward": records[-1]["reward"],
+        "skipped": records[-1]["rollout/skipped"],
+    }
 
 
 def policy_of(params: Params) -> Params:

@@ -162,15 +162,9 @@ def train(
                     )  # fmt: skip
             done += 1
             now = time.perf_counter()
-            values |= _rollout_values(rollout) | {
-                "rollout/skipped": host["skipped"],
-                "perf/step_time": now - began,
-                "perf/tokens_per_sec": values.get("num_tokens", 0.0) / (now - began),
-                "perf/rollout_time": rollout.ended - rollout.began,
-                "perf/train_time": now - learning,
-                "perf/rollout_wait": learning - began,
-                "perf/overlap": _overlap(trained, (rollout.began, rollout.ended)),
-            }
+            values |= _rollout_values(rollout) | {"rollout/skipped": host["skipped"]}
+            values |= _times(values, rollout, began, learning, now)
+            values["perf/overlap"] = _overlap(trained, (rollout.began, rollout.ended))
             trained = (learning, now)
             last = done == config.steps
             if config.evaluate_every and (last or done % config.evaluate_every == 0):
@@ -406,6 +400,19 @@ def _sample(job: RL, step: int, group: Group) -> dict[str, Any]:
                 zip(group.completions, group.rewards, strict=True)
             )
         ],
+    }
+
+
+def _times(
+    values: dict[str, float], rollout: Rollout, began: float, learning: float, now: float
+) -> dict[str, float]:
+    """Seconds of a step that began to wait for its rollout, then to learn, and is over now."""
+    return {
+        "perf/step_time": now - began,
+        "perf/tokens_per_sec": values.get("num_tokens", 0.0) / (now - began),
+        "perf/rollout_time": rollout.ended - rollout.began,
+        "perf/train_time": now - learning,
+        "perf/rollout_wait": learning - began,
     }
 
 
