@@ -36,9 +36,10 @@ def architecture(config: ConfigDict, start: Checkpoint) -> DecoderConfig:
 
     Raises ValueError for an unknown preset, and for a model key set against a checkpoint.
     """
+    given = lambda section: {key: value for key, value in section.items() if value is not None}
     fields = config.model.to_dict()
-    name = fields.pop("preset")
-    changes = {key: value for key, value in fields.items() if value is not None}
+    name, scaling = fields.pop("preset"), given(fields.pop("rope_scaling"))
+    changes = given(fields) | ({"rope_scaling": scaling} if scaling else {})
     if not start.has_architecture:
         return preset(name, **changes)
     if changes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import types
 import typing
 
 from ml_collections import ConfigDict, config_dict
@@ -10,6 +11,7 @@ from jaxreason.data.arithmetic import ArithmeticConfig
 from jaxreason.data.prompts import PromptSource
 from jaxreason.data.sources import SourceConfig
 from jaxreason.model.config import DecoderConfig
+from jaxreason.model.rope import RopeScaling
 from jaxreason.objectives.advantage import Advantage
 from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.parallel.mesh import AXES
@@ -74,7 +76,9 @@ def model_config(preset: str = "qwen3-tiny", **changes) -> ConfigDict:
     """`config.model`: a preset, and each field of DecoderConfig, None where the preset decides."""
     model = ConfigDict({"preset": preset})
     for field in dataclasses.fields(DecoderConfig):
-        model[field.name] = config_dict.placeholder(field.type)
+        model[field.name] = config_dict.placeholder(_plain_type(field.type))
+    scaling = dataclasses.fields(RopeScaling)
+    model.rope_scaling = {f.name: config_dict.placeholder(_plain_type(f.type)) for f in scaling}
     model.update(changes)
     return model
 
@@ -206,8 +210,10 @@ def reward(kind: str, weight: float = 1.0, **options) -> dict:
 
 
 def _plain_type(annotation) -> type:
-    """The type of a switch: `float | None` is a number."""
-    return next(t for t in typing.get_args(annotation) or (annotation,) if t is not type(None))
+    """The type of a key: `float | None` is a number, `tuple[int, ...]` a tuple."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(t for t in typing.get_args(annotation) if t is not type(None))
+    return typing.get_origin(annotation) or annotation
 
 
 def prompts(**fields) -> dict:
