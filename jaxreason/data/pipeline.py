@@ -12,7 +12,9 @@ Which host runs which shards changes nothing in the rows, their order or the sta
 import contextlib
 import copy
 import dataclasses
+import datetime
 import itertools
+import pathlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ import numpy as np
 from jaxreason.data import sources as sources_lib
 from jaxreason.data.packing import PACKINGS, Concat, Example, FirstFit, PerBatch, lay_out
 from jaxreason.data.sources import Source, SourceConfig
-from jaxreason.text.chat import ROLES, TEMPLATES, ChatTemplate, encode_conversation, template_for
+from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Batch
 
@@ -49,7 +51,9 @@ class DataConfig:
     examples_per_batch: int | None = None  # of the global batch; packing "per_batch" only
     truncation: str = "error"  # or keep_start; nothing is too long for packing "concat"
     train_roles: Sequence[str] = ("assistant",)
-    chat_template: str = "qwen3"
+    chat_template: str = "qwen3"  # as chat.template_for takes it
+    think_tags: chat.ThinkTags = chat.DEFAULT_TAGS
+    today: datetime.date | None = None  # the day that templates tell; None: the clock's
     shuffle: bool = True
     seed: int = 0
 
@@ -60,20 +64,28 @@ class DataConfig:
         for name, known in (
             ("packing", tuple(PACKINGS)),
             ("truncation", ("error", "keep_start")),
-            ("chat_template", tuple(TEMPLATES)),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"data.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}"
                 )
+        if (
+            self.chat_template not in chat.TEMPLATES
+            and not pathlib.Path(self.chat_template).exists()
+        ):
+            raise ValueError(
+                f"data.chat_template is {self.chat_template!r}; it must be one of "
+                f"{', '.join(chat.TEMPLATES)}, a .jinja file or a folder with one"
+            )
         if (self.packing == "per_batch") != (self.examples_per_batch is not None):
             raise ValueError(
                 f"data.examples_per_batch is {self.examples_per_batch} and data.packing is "
                 f"{self.packing!r}; it is set for per_batch and for nothing else"
             )
-        if not self.train_roles or not set(self.train_roles) <= set(ROLES):
+        if not self.train_roles or not set(self.train_roles) <= set(chat.ROLES):
             raise ValueError(
-                f"data.train_roles is {tuple(self.train_roles)}; one or more of {', '.join(ROLES)}"
+                f"data.train_roles is {tuple(self.train_roles)}; one or more of "
+                f"{', '.join(chat.ROLES)}"
             )
         if self.seed < 0:
             raise ValueError(f"data.seed is {self.seed}; it must be 0 or more")
@@ -132,7 +144,7 @@ class RecordEncoder:
     source_config: SourceConfig
     source: Source
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: chat.ChatTemplate
 
     def __call__(self, index: int) -> Example:
         """The record as a document; after a text comes the end-of-sequence id.
@@ -145,7 +157,7 @@ class RecordEncoder:
             ids = [*self.tokenizer.encode(example.text), self.tokenizer.eos_id]
             ids_T, weights_T = np.array(ids, np.int32), np.ones(len(ids), np.float32)
         else:
-            ids_T, weights_T = encode_conversation(
+            ids_T, weights_T = chat.encode_conversation(
                 self.tokenizer, self.template, example.messages, self.config.train_roles
             )
         length = self.config.length
@@ -405,7 +417,7 @@ class _Prefetcher:
 
 def _encoders(config: DataConfig, tokenizer: Tokenizer, data_dir) -> dict[str, RecordEncoder]:
     """Opens the sources."""
-    template = template_for(config.chat_template, tokenizer)
+    template = chat.template_for(config.chat_template, tokenizer, config.think_tags, config.today)
     encoders = {}
     for name, source_config in config.sources.items():
         source = sources_lib.open_source(source_config, data_dir)

@@ -1,8 +1,12 @@
 """From a configuration to the objects it describes. Configuration stops here."""
 
 import dataclasses
+import datetime
+import functools
+import os
 import pathlib
 import zlib
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -17,6 +21,7 @@ from jaxreason.parallel.mesh import make_mesh
 from jaxreason.recipes import checkpoints
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.workdir import Workdir
+from jaxreason.rewards import mix
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import (
     ByteTokenizer,
@@ -81,9 +86,10 @@ def language_model(
 
 
 def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokenizer:
-    """The run's tokenizer, made once and kept in the workdir.
+    """The run's tokenizer, made once and kept in the workdir: turns end as the template says.
 
-    Raises ValueError for an unknown kind or a path that holds none.
+    Raises ValueError for an unknown kind, a path that holds none, and a template that it cannot
+    write.
     """
     spec = config.tokenizer
     if (workdir.tokenizer / "tokenizer_config.json").exists():
@@ -104,6 +110,7 @@ def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokeni
         raise ValueError(
             f"tokenizer.kind is {spec.kind!r}; it must be bytes, sentencepiece, hf or checkpoint"
         )
+    made = chat.fitted(made, template_name(config))
     made.save(partial, chat_template=chat_template(config, made).jinja)
     partial.rename(workdir.tokenizer)
     return made
@@ -132,13 +139,38 @@ def _training_texts(spec: ConfigDict, data_dir: pathlib.Path):
 
 
 def chat_template(config: ConfigDict, tokenizer: Tokenizer) -> chat.ChatTemplate:
-    return chat.template_for(template_name(config), tokenizer)
+    spec = {"tags": think_tags(config), "today": chat_date(config)}
+    return chat.template_for(template_name(config), tokenizer, **spec)
+
+
+def think_tags(config: ConfigDict) -> chat.ThinkTags:
+    return chat.ThinkTags(config.chat.think_open, config.chat.think_close)
+
+
+def chat_date(config: ConfigDict) -> datetime.date | None:
+    """The day that templates tell, None for the clock's. Raises ValueError."""
+    try:
+        return datetime.date.fromisoformat(config.chat.date) if config.chat.date else None
+    except ValueError as error:
+        raise ValueError(
+            f"chat.date is {config.chat.date!r}; it must be a day as in 2024-07-26, or empty"
+        ) from error
+
+
+def split_reasoning(config: ConfigDict) -> Callable[[str], tuple[str | None, str]]:
+    """chat.split_reasoning with the run's tags."""
+    return functools.partial(chat.split_reasoning, tags=think_tags(config))
+
+
+def rewards(config: ConfigDict, terms: Mapping[str, mix.RewardConfig]) -> mix.Reward:
+    """The terms' weighted sum, which tells reasoning from answer by the run's tags."""
+    return mix.build(terms, split_reasoning(config), think_tags(config))
 
 
 def template_name(config: ConfigDict) -> str:
-    """`checkpoint` becomes the name of the template that init.from was trained with."""
+    """`chat.template`; `checkpoint` becomes what init.from was trained with: a name or a folder."""
     if config.chat.template != "checkpoint":
-        return config.chat.template
+        return os.path.expanduser(config.chat.template)
     first = config if "init" in config else next(iter(config.stages.values()))
     return checkpoints.parse(first.init["from"]).chat_template()
 
@@ -146,7 +178,13 @@ def template_name(config: ConfigDict) -> str:
 def data_config(config: ConfigDict, stage: ConfigDict) -> DataConfig:
     """`stage.data` as the pipeline takes it; its own ValueErrors name the keys."""
     fields = stage.data.to_dict()
-    return DataConfig(**fields, chat_template=template_name(config), seed=config.seed)
+    return DataConfig(
+        **fields,
+        chat_template=template_name(config),
+        think_tags=think_tags(config),
+        today=chat_date(config),
+        seed=config.seed,
+    )
 
 
 def from_section(cls, section: ConfigDict | dict):
@@ -166,6 +204,13 @@ def export(
         params,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        generation=_generation(tokenizer),
         save_tokenizer=lambda path: tokenizer.save(path, chat_template=template.jinja),
         dtype=jax.numpy.dtype(config.run.export_dtype),
     )
+
+
+def _generation(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """generation_config.json names every id that ends a generation here, the turn's end first."""
+    ends = [tokenizer.eos_id, *tokenizer.stop_ids]
+    return {"eos_token_id": ends} if tokenizer.stop_ids else {}

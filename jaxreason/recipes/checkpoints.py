@@ -8,6 +8,7 @@ from jaxreason.checkpoint import hf
 from jaxreason.checkpoint.store import restore_params
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.text.chat import TEMPLATES
 from jaxreason.text.tokenizer import Tokenizer, load_tokenizer
 from jaxreason.types import Params
 
@@ -38,7 +39,7 @@ class Checkpoint:
         return DecoderConfig(**config["architecture"])
 
     def chat_template(self) -> str:
-        """The name of the template it was trained with; Hugging Face Qwen3 has Qwen3's.
+        """The template it was trained with, as chat.template_for takes it: a name or a folder.
 
         Raises ValueError when there is none: random parameters were never given one.
         """
@@ -46,7 +47,10 @@ class Checkpoint:
             raise ValueError(
                 f"chat.template is 'checkpoint', but init.from is {self.text!r}, which has none"
             )
-        return "qwen3" if self.kind == "hf" else self._run_config()["chat_template"]
+        if self.kind == "hf":
+            return str(self.directory)
+        name = self._run_config()["chat_template"]
+        return name if name in TEMPLATES else str(self.directory / "tokenizer")
 
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError when there is none: random parameters were never given one."""

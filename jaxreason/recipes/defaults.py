@@ -36,8 +36,14 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                 "max_bytes": 20_000_000,  # sentencepiece: of training text
             },
             "chat": {
+                # qwen3 | plain | checkpoint (that of init.from) | a .jinja file
                 "template": "qwen3",
                 "thinking": True,
+                "think_open": "<think>",
+                "think_close": "</think>",
+                # What templates that tell the day say (Llama 3's own default); "": today, on which
+                # the tokens of a run then depend.
+                "date": "2024-07-26",
                 "wait": "Wait",  # what a thinking budget writes where the model would stop
             },
             "model": model_config(),

@@ -67,23 +67,20 @@ class Evaluation:
         write_whole(self.samples_path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def grade(text: str, answer: str) -> math.Grade:
-    return math.grade(text, answer, chat.split_reasoning)
-
-
 def build(
     config: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, model: LanguageModel
 ) -> Evaluation:
     """Raises ValueError naming the set for a missing file, an unknown kind or a bad number."""
     if config.eval.rows < 1:
         raise ValueError(f"eval.rows is {config.eval.rows}; it must be at least 1")
-    sampled, texts = [], {}
+    sampled, texts, split = [], {}, assemble.split_reasoning(config)
+    grade = lambda text, answer: math.grade(text, answer, split)
     for name, spec in config.eval.sets.items():
         if spec.kind == "text":
             texts[name] = _text_set(name, spec, workdir, tokenizer, model)
         elif spec.kind in ("arithmetic", "jsonl", "prompts"):
             if spec.kind == "prompts":
-                problems, grader = _prompt_problems(name, spec, workdir)
+                problems, grader = _prompt_problems(name, spec, workdir, config)
             else:
                 problems, grader = _problems(name, spec, workdir), grade
             ks = tuple(k for k in (1, 4) if k <= spec.num_samples)[-1:]
@@ -117,7 +114,8 @@ def generator(config: ConfigDict, tokenizer: Tokenizer, model: LanguageModel, ro
         tokenizer.decode,
         tokenizer.eos_id,
         EngineConfig(slots=rows),
-        chat.thinking_ids(tokenizer, wait=config.chat.wait),
+        chat.thinking_ids(tokenizer, assemble.think_tags(config), config.chat.wait),
+        tokenizer.stop_ids,
     )
 
 
@@ -158,13 +156,12 @@ def _problems(name: str, spec: ConfigDict, workdir: Workdir) -> tuple[Problem, .
 
 
 def _prompt_problems(
-    name: str, spec: ConfigDict, workdir: Workdir
+    name: str, spec: ConfigDict, workdir: Workdir, config: ConfigDict
 ) -> tuple[tuple[Problem, ...], Grader]:
     """Prompts as reinforcement learning has them, right where their reward is its highest, 1."""
     source = PromptSource(**{**spec.prompts.to_dict(), "name": name})
-    reward = mix.build(
-        {name: assemble.from_section(mix.RewardConfig, spec.reward)}, chat.split_reasoning
-    )
+    term = assemble.from_section(mix.RewardConfig, spec.reward)
+    reward, split = assemble.rewards(config, {name: term}), assemble.split_reasoning(config)
     prompts = open_prompts(source, workdir.data)
     chosen = [prompts[i] for i in range(min(spec.limit or len(prompts), len(prompts)))]
     reward.check(chosen)
@@ -172,7 +169,7 @@ def _prompt_problems(
     def grade_by_reward(text: str, answer: str) -> math.Grade:
         completion = Completion(text=text, ids=(), logprobs=(), truncated=False)
         (value,), _ = reward([completion], [answer])
-        return math.Grade(chat.split_reasoning(text)[1].strip() or None, value >= 1)
+        return math.Grade(split(text)[1].strip() or None, value >= 1)
 
     return tuple(Problem(p.text, p.answer) for p in chosen), grade_by_reward
 

@@ -63,8 +63,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         return
     screen = terminal.Screen(sys.stdout, speaker.template.tags)
     screen.say(f"{start.name}: {model.num_params:,} parameters. {terminal.HELP}")
-    # The plain template is for one question: it has nothing that parts two turns.
-    several = {"true": True, "false": False, "auto": speaker.template.name != "plain"}
+    several = {"true": True, "false": False, "auto": speaker.template.parts_turns}
     ask = lambda line: config.prompt_template.format(prompt=line)
     lines = terminal.lines(sys.stdin)
     terminal.converse(speaker, sampling, ask, several[config.remember], lines, screen)
@@ -95,8 +94,15 @@ def _speaker(
 
     # One conversation reads best in small pieces; a file of questions fills every slot.
     engine = EngineConfig(slots=config.rows) if config.prompts else EngineConfig(slots=1, steps=8)
-    thinking = chat.thinking_ids(tokenizer, wait=config.chat.wait)
-    generate = build_generate(model, encode, tokenizer.decode, tokenizer.eos_id, engine, thinking)
+    generate = build_generate(
+        model,
+        encode,
+        tokenizer.decode,
+        tokenizer.eos_id,
+        engine,
+        chat.thinking_ids(tokenizer, template.tags, config.chat.wait),
+        tokenizer.stop_ids,
+    )
     params = start.load(model, Workdir(folder).checkpoints)
     if params is None:
         params = model.init(assemble.stage_key(config.seed, "init"))

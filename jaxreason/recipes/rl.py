@@ -19,7 +19,6 @@ from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
 from jaxreason.rewards import mix
-from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.collect import CollectConfig, Collector
@@ -208,7 +207,7 @@ def check_data(config: ConfigDict, stage: RLStage, tokenizer: Tokenizer, workdir
                     f"{stage.sampling.max_tokens}"
                 )
 
-    with mix.build(stage.rewards, chat.split_reasoning) as reward:
+    with assemble.rewards(config, stage.rewards) as reward:
         prompts_lib.build(stage.prompts, workdir.data, say=lambda line: None, check=check)
 
 
@@ -270,7 +269,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
         return run.model.init(key) if loaded is None else loaded
 
     store = Store(workdir.checkpoints(stage.name), keep=config.run.keep)
-    with store, mix.build(stage.rewards, chat.split_reasoning) as reward:
+    with store, assemble.rewards(config, stage.rewards) as reward:
         collector = Collector(
             config=stage.collect,
             sampling=stage.sampling,

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxreason.evals.accuracy import bootstrap_interval
 from jaxreason.reasoning import scaling
-from jaxreason.recipes import checkpoints
+from jaxreason.recipes import assemble, checkpoints
 from jaxreason.recipes.evaluation import Evaluation
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ class ScalingStage:
     section: ConfigDict
     start: checkpoints.Checkpoint
     sampling: Sampling  # of one sample, without a budget
+    tags: chat.ThinkTags = chat.DEFAULT_TAGS
 
     @property
     def num_points(self) -> int:
@@ -68,7 +69,8 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> ScalingStage:
         raise ValueError(
             f"votes is {tuple(section.votes)} at temperature 0, where all samples are the same"
         )
-    return ScalingStage(name, section, checkpoints.parse(section.init["from"]), sampling)
+    start, tags = checkpoints.parse(section.init["from"]), assemble.think_tags(config)
+    return ScalingStage(name, section, start, sampling, tags)
 
 
 def _check_numbers(key: str, values: tuple, least: int) -> None:
@@ -99,7 +101,7 @@ def run(
         generate=lambda prompts, sampling: evaluation.generate(params, prompts, sampling, key),
         grade=asked.grade,
         interval=bootstrap_interval,
-        thinking_tokens=thinking_counter(tokenizer.decode),
+        thinking_tokens=thinking_counter(tokenizer.decode, stage.tags),
     )
     records = []
     progress.start(stage.name, stage.num_points)

@@ -97,7 +97,7 @@ def _answer(
 ) -> chat.Message:
     one = dataclasses.replace(sampling, num_samples=1)
     tags, tokenizer = speaker.template.tags, speaker.tokenizer
-    end_ids = (tokenizer.eos_id, *sampling.stop_ids)
+    end_ids = (tokenizer.eos_id, *tokenizer.stop_ids, *sampling.stop_ids)
     stream = Stream(tokenizer.decode, end_ids, (tags.open, tags.close), sampling.stop)
     with screen.answering():
         show = lambda prompt, sample, ids: screen.write(stream.feed(ids))

@@ -24,6 +24,7 @@ def build_generate(
     eos_id: int,
     config: EngineConfig = EngineConfig(),
     thinking: ThinkingIds | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> Generate:
     """`generate(params, prompts, sampling, key)` -> completions[prompt][sample].
 
@@ -35,6 +36,7 @@ def build_generate(
       decode: ids -> text.
       eos_id: ends a completion, and is kept as its last id.
       thinking: how a reasoning ends, for requests with a thinking budget.
+      stop_ids: end a completion as eos_id does, as a published model's other end tokens.
     """
     engine = Engine(model, config, thinking)
 
@@ -58,15 +60,15 @@ def build_generate(
         requests = _requests(prompt_ids, samplings, engine)
         found: dict[tuple[int, int], Completion] = {}
         weights = engine.weights(place(params, model))
-        stop_ids = lambda s: s.stop_ids if s.ignore_eos else (*s.stop_ids, eos_id)
-        flights = take_off(engine, requests, key, stop_ids)
+        ends_of = lambda s: s.stop_ids if s.ignore_eos else (*s.stop_ids, eos_id, *stop_ids)
+        flights = take_off(engine, requests, key, ends_of)
         for stepped in _advance(flights, weights):
             for lane, request in stepped:
                 finish_stop_text(request, decode)
                 if on_tokens is not None:
                     _stream(request, on_tokens, thinking)
                 if request.ended:
-                    ends = stop_ids(request.sampling)
+                    ends = ends_of(request.sampling)
                     found[request.place] = _completion(request, decode, ends)
                     lane.release(request)
             if on_progress is not None:

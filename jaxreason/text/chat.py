@@ -1,16 +1,23 @@
 """Messages to ids and a role mask: the one file that knows chat templates and think tags.
 
-Every turn is encoded by itself, so the ids of a conversation are exactly the ids a sampler was
-given plus the ids it should have drawn, whatever the tokenizer merges across turns; and earlier
-think blocks stay, so this holds for every turn of a conversation and not only for the last.
+A conversation is rendered by its template and cut where the assistant's turns begin and end; each
+piece is encoded by itself. So the ids of a conversation are exactly the ids a sampler was given
+plus the ids it should have drawn, whatever the tokenizer merges across a cut. A template for which
+that cannot be, because it rewrites earlier turns as the conversation goes on, is refused for
+training and for nothing else.
 """
 
 import dataclasses
+import datetime
+import functools
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
+from jaxreason.text import jinja
 from jaxreason.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,6 +29,13 @@ class ThinkTags:
 
     open: str = "<think>"
     close: str = "</think>"
+
+    def __post_init__(self):
+        if not self.open or not self.close or self.open == self.close:
+            raise ValueError(
+                f"the think tags are {self.open!r} and {self.close!r}; they must be two texts, not "
+                "empty and not the same"
+            )
 
 
 DEFAULT_TAGS = ThinkTags()
@@ -53,63 +67,213 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A format of conversations; `template_for` fits one of TEMPLATES to a tokenizer and tags."""
+    """A format of conversations; `template_for` fits one to a tokenizer and tags."""
 
-    name: str
-    header: str  # opens an assistant's turn: the last part of every prompt
-    any_eos: bool  # True: turns end with the tokenizer's own end token; False: `eos` is the format
-    turn: Callable[[Sequence[Message], int], str]  # text of messages[i], not an assistant's
-    completion: Callable[[Message, ThinkTags, str], str]  # text of an assistant's turn after header
-    empty_think: str  # what a prompt adds to ask for no reasoning, with {open} and {close}
-    jinja_source: str
-    eos: str = "<|im_end|>"
-    tags: ThinkTags = DEFAULT_TAGS
-
-    def render_prompt(self, messages: Sequence[Message], thinking: bool = True) -> str:
-        """All turns, then what opens the assistant's; without `thinking` an empty think block."""
-        return "".join(self.prompt_parts(messages, thinking))
-
-    def render_completion(self, message: Message) -> str:
-        """What follows the prompt: reasoning, answer, end of sequence and the format's rest."""
-        return self.completion(message, self.tags, self.eos)
-
-    def prompt_parts(self, messages: Sequence[Message], thinking: bool = True) -> Iterator[str]:
-        """The prompt in the pieces that are encoded one by one."""
-        for _, header, body in self.turns(messages):
-            yield from (header, body)
-        yield self.header
-        if not thinking:
-            yield self.empty_think.format(open=self.tags.open, close=self.tags.close)
-
-    def turns(self, messages: Sequence[Message]) -> Iterator[tuple[str, str, str]]:
-        """(role, header, body) of every message; only an assistant's header is not empty."""
-        for i, message in enumerate(messages):
-            if message.role == "assistant":
-                yield message.role, self.header, self.render_completion(message)
-            else:
-                yield message.role, "", self.turn(messages, i)
+    name: str  # of TEMPLATES, or where it was read
+    jinja: str  # what `apply_chat_template` of transformers renders too
+    tags: ThinkTags
+    specials: tuple[tuple[str, str], ...]  # bos_token, eos_token, ...: variables of the template
+    today: datetime.date | None  # what the template takes for the day; None: the clock's
+    eos: str = ""  # ends an assistant's turn
 
     @property
-    def jinja(self) -> str:
-        """The same format for transformers: `apply_chat_template` renders what this class does."""
-        values = {"OPEN_TAG": self.tags.open, "CLOSE_TAG": self.tags.close, "EOS": self.eos}
-        settings = (f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items())
-        return "\n".join([*settings, self.jinja_source])
+    def parts_turns(self) -> bool:
+        """Whether it tells where a turn ends; the plain template does not, and has room for one."""
+        return self.render_prompt([Message("user", "?")]) != "?"
+
+    def render_prompt(self, messages: Sequence[Message], thinking: bool = True) -> str:
+        """All turns, then what opens the assistant's; `thinking` is the template's to obey."""
+        options = {"add_generation_prompt": True, "enable_thinking": thinking}
+        return self._render(messages, **options).text
+
+    def render_completion(self, message: Message) -> str:
+        """What follows the prompt: reasoning, answer, end of the turn and the format's rest.
+
+        Raises ValueError where the template writes something else than the prompt before it.
+        """
+        messages = [Message("user", "?"), message]
+        text = self._render(messages).text
+        ((begin, end),) = self._turns(text, messages)
+        return text[begin:end]
+
+    def prompt_parts(self, messages: Sequence[Message], thinking: bool = True) -> list[str]:
+        """The prompt in the pieces that are encoded one by one: those of `layout`.
+
+        Where the template rewrites earlier turns, those are in one piece with what follows.
+        """
+        text, cuts = self.render_prompt(messages, thinking), [0]
+        for i, message in enumerate(messages):
+            if message.role == "assistant":
+                before = [self.render_prompt(messages[:i]), self._render(messages[: i + 1]).text]
+                cuts += [len(part) for part in before if text.startswith(part)]
+        return [text[a:b] for a, b in itertools.pairwise([*sorted(cuts), len(text)])]
+
+    def layout(self, messages: Sequence[Message], train_roles: Sequence[str]) -> "Layout":
+        """The text of a conversation, its turns and what of them is learnt.
+
+        Raises ValueError where what a sampler would be given or should have drawn at some turn is
+        not what the text holds there, and where the template leaves out a reasoning.
+        """
+        whole = self._render(messages)
+        assistants = self._turns(whole.text, messages)
+        trained = set(train_roles)
+        others = self._other_turns(whole.text, messages, trained - {"assistant"})
+        answers = (message for message in messages if message.role == "assistant")
+        for (begin, end), message in zip(assistants, answers, strict=True):
+            if message.reasoning and message.reasoning.strip() not in whole.text[begin:end]:
+                raise ValueError(f"chat template {self.name} leaves out a message's reasoning")
+        drawn = whole.generated or assistants if "assistant" in trained else []
+        return Layout(whole.text, assistants, others, [*drawn, *others])
+
+    def _turns(self, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """Where in the text of a conversation what an assistant draws begins and ends."""
+        turns = []
+        for i, message in enumerate(messages):
+            if message.role == "assistant":
+                before, so_far = messages[:i], messages[: i + 1]
+                start = self._length(text, self.render_prompt(before), before)
+                turns.append((start, self._length(text, self._render(so_far).text, so_far)))
+        return turns
+
+    def _other_turns(
+        self, text: str, messages: Sequence[Message], roles: set[str]
+    ) -> list[tuple[int, int]]:
+        """Where turns of these roles begin and end; neighbours of one role are one turn."""
+        turns, begin = [], 0
+        for role, run in itertools.groupby(messages, key=lambda message: message.role):
+            end = begin + len(list(run))
+            if role in roles:
+                before, so_far = messages[:begin], messages[:end]
+                start = self._length(text, self._render(before).text, before) if before else 0
+                turns.append((start, self._length(text, self._render(so_far).text, so_far)))
+            begin = end
+        return turns
+
+    def _length(self, text: str, beginning: str, messages: Sequence[Message]) -> int:
+        if not text.startswith(beginning):
+            raise ValueError(
+                f"chat template {self.name} renders the first {len(messages)} messages of a "
+                "conversation otherwise than when more follow, so what is learnt would not be what "
+                "is sampled; set chat.template to one that keeps them, as qwen3"
+            )
+        return len(beginning)
+
+    def _render(self, messages: Sequence[Message], **options) -> jinja.Rendered:
+        options = {"enable_thinking": True, "today": self.today} | options
+        try:
+            return jinja.render(
+                self.jinja, self.as_dicts(messages), **dict(self.specials), **options
+            )
+        except ValueError as error:
+            raise ValueError(f"chat template {self.name}: {error}") from error
+
+    def as_dicts(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """What the template is given: a reasoning stands in the content where it reads none."""
+        reads = jinja.reads_reasoning(self.jinja)
+        dicts = []
+        for message in messages:
+            own = {"role": message.role, "content": message.content}
+            if message.reasoning is not None and reads:
+                own |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+            elif message.reasoning is not None:
+                thought = message.reasoning.strip("\n")
+                own["content"] = (
+                    f"{self.tags.open}\n{thought}\n{self.tags.close}\n\n{message.content}"
+                )
+            dicts.append(own)
+        return dicts
 
 
-def template_for(name: str, tokenizer: Tokenizer, tags: ThinkTags = DEFAULT_TAGS) -> ChatTemplate:
-    """The named template with these tags and the tokenizer's end token. Raises ValueError."""
-    if name not in TEMPLATES:
-        raise ValueError(f"chat template is {name!r}; known templates: {', '.join(TEMPLATES)}")
-    template = dataclasses.replace(TEMPLATES[name], tags=tags)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where things are in the text of a conversation; all pairs are (begin, end) in characters."""
+
+    text: str
+    assistants: list[tuple[int, int]]  # what is drawn at each of the assistant's turns
+    others: list[tuple[int, int]]  # the turns of other roles that are learnt
+    learnt: list[tuple[int, int]]
+
+
+def template_for(
+    template: str,
+    tokenizer: Tokenizer,
+    tags: ThinkTags = DEFAULT_TAGS,
+    today: datetime.date | None = None,
+) -> ChatTemplate:
+    """The template with these tags and the tokenizer's special tokens.
+
+    Args:
+      template: a name of TEMPLATES, a .jinja file, or a folder as Hugging Face publishes them.
+
+    Raises:
+      ValueError: there is none, or its turns end otherwise than the tokenizer says; `fitted` makes
+        a tokenizer that agrees.
+    """
+    made = _unchecked(template, tokenizer, tags, today)
     eos = tokenizer.decode([tokenizer.eos_id])
-    if template.any_eos:
-        return dataclasses.replace(template, eos=eos)
-    if eos != template.eos:
+    if eos != made.eos:
         raise ValueError(
-            f"chat template {name} ends turns with {template.eos!r}, the tokenizer with {eos!r}"
+            f"chat template {template} ends turns with {made.eos!r}, the tokenizer with {eos!r}"
         )
-    return template
+    return made
+
+
+def fitted(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer whose `eos_id` ends an assistant's turn of this template.
+
+    A base model's tokenizer ends documents, and Gemma's names <eos> where turns end otherwise.
+    Raises ValueError where there is no such template or no token of the tokenizer ends its turns.
+    """
+    return tokenizer.ending_with(_unchecked(template, tokenizer, DEFAULT_TAGS, None).eos)
+
+
+def _unchecked(
+    template: str, tokenizer: Tokenizer, tags: ThinkTags, today: datetime.date | None
+) -> ChatTemplate:
+    specials = tuple(sorted(tokenizer.special_tokens.items()))
+    made = ChatTemplate(template, read_template(template, tags), tags, specials, today)
+    mark = "ANSWER"
+    example = [Message("user", "?"), Message("assistant", mark)]
+    rest = made._render(example).text.rpartition(mark)[2]
+    ends = [token for token in tokenizer.encode(rest) if token in tokenizer.special_ids]
+    if not ends:
+        raise ValueError(
+            f"chat template {template} ends turns with {rest!r}, which has no special token of the "
+            "tokenizer: a sampler could not stop there"
+        )
+    return dataclasses.replace(made, eos=tokenizer.decode(ends[:1]))
+
+
+def read_template(template: str, tags: ThinkTags = DEFAULT_TAGS) -> str:
+    """The Jinja of a template as `template_for` takes it. Raises ValueError where there is none."""
+    if template in TEMPLATES:
+        values = {"OPEN_TAG": tags.open, "CLOSE_TAG": tags.close}
+        settings = (f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items())
+        return "\n".join([*settings, TEMPLATES[template]])
+    return _read_template(pathlib.Path(template))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_template(path: pathlib.Path) -> str:
+    if path.is_file() and path.suffix == ".jinja":
+        return path.read_text(encoding="utf-8")
+    if (path / "chat_template.jinja").is_file():
+        return _read_template(path / "chat_template.jinja")
+    config = path / "tokenizer_config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"chat template is {str(path)!r}; known templates: {', '.join(TEMPLATES)}, a .jinja "
+            "file, or a folder with one"
+        )
+    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(found, list):  # several by name, for tools and documents
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    if found is None:
+        raise ValueError(
+            f"chat template is that of {path}, which has none, as base models have not: set "
+            f"chat.template to {', '.join(TEMPLATES)} or a .jinja file"
+        )
+    return found
 
 
 def encode_prompt(
@@ -118,7 +282,7 @@ def encode_prompt(
     messages: Sequence[Message],
     thinking: bool = True,
 ) -> list[int]:
-    """Ids of `render_prompt`, turn by turn."""
+    """Ids of `render_prompt`, piece by piece."""
     parts = template.prompt_parts(messages, thinking)
     return [token for part in parts for token in tokenizer.encode(part)]
 
@@ -131,27 +295,36 @@ def encode_conversation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """ids_T int32 and weights_T float32: 1 where ids_T[t] is to be learnt, 0 elsewhere.
 
-    An assistant's turn is learnt after its header, up to and including the end of sequence (also
-    where that is the padding id) and no further: the sampler stops there. Any other trained role is
-    learnt from the first token of its turn. Raises ValueError for an unknown role, and where the
-    completion does not hold the tokenizer's end token, so that stopping could not be learnt.
+    An assistant's turn is learnt after its header, or where the template marks it with
+    {% generation %}, up to and including the end of the turn (also where that is the padding id)
+    and no further: the sampler stops there. Any other trained role is learnt from the first token
+    of its turn. Raises ValueError for an unknown role, for what `layout` refuses, and where an
+    assistant's end token would not be learnt.
     """
     unknown = [role for role in train_roles if role not in ROLES]
     if unknown:
         raise ValueError(f"train_roles holds {unknown[0]!r}; known roles: {', '.join(ROLES)}")
-    ids, weights = [], []
-    for role, header, body in template.turns(messages):
-        header_ids, body_ids = tokenizer.encode(header), tokenizer.encode(body)
-        ids += header_ids + body_ids
-        end = _after_last(body_ids, tokenizer.eos_id)
-        if end is None and role == "assistant":
+    layout = template.layout(messages, train_roles)
+    spans = [*layout.assistants, *layout.others, *layout.learnt]
+    cuts = sorted({0, len(layout.text), *itertools.chain.from_iterable(spans)})
+    ids, at = [], {0: 0}  # at: character -> how many ids come before it
+    for begin, end in itertools.pairwise(cuts):
+        ids += tokenizer.encode(layout.text[begin:end])
+        at[end] = len(ids)
+    weights_T = np.zeros(len(ids), np.float32)
+    for begin, end in layout.learnt:
+        weights_T[at[begin] : at[end]] = 1
+    for begin, end in [*layout.assistants, *layout.others]:
+        last = _last(ids, tokenizer.eos_id, at[begin], at[end])
+        if last is not None:
+            weights_T[last + 1 : at[end]] = 0
+        ends_learnt = last is not None and weights_T[last] == 1
+        if "assistant" in train_roles and (begin, end) in layout.assistants and not ends_learnt:
             raise ValueError(
-                f"chat template {template.name} ends turns with {template.eos!r}, which is not "
-                f"the tokenizer's end token {tokenizer.decode([tokenizer.eos_id])!r}"
+                f"chat template {template.name} does not teach the end of an assistant's turn: no "
+                f"{tokenizer.decode([tokenizer.eos_id])!r} in what is learnt of it"
             )
-        learnt = (len(body_ids) if end is None else end) if role in train_roles else 0
-        weights += [0.0] * len(header_ids) + [1.0] * learnt + [0.0] * (len(body_ids) - learnt)
-    return np.array(ids, np.int32), np.array(weights, np.float32)
+    return np.array(ids, np.int32), weights_T
 
 
 def split_reasoning(text: str, tags: ThinkTags = DEFAULT_TAGS) -> tuple[str | None, str]:
@@ -173,7 +346,10 @@ def split_reasoning(text: str, tags: ThinkTags = DEFAULT_TAGS) -> tuple[str | No
 def thinking_ids(
     tokenizer: Tokenizer, tags: ThinkTags = DEFAULT_TAGS, wait: str = "Wait"
 ) -> ThinkingIds:
-    """The wordings of a forced end (arXiv 2501.19393, 2505.09388), and what goes on instead."""
+    """The wordings of a forced end (arXiv 2501.19393, 2505.09388), and what goes on instead.
+
+    Tags that are no tokens of their own, as in Llama's and Gemma's vocabularies, are several ids.
+    """
 
     def ids(*parts: str) -> tuple[int, ...]:
         return tuple(token for part in parts for token in tokenizer.encode(part))
@@ -195,38 +371,10 @@ _QWEN3_STOP_PHRASE = (
 )
 
 
-def _after_last(ids: Sequence[int], token: int) -> int | None:
-    """The index after the last `token`, None where there is none."""
-    return len(ids) - ids[::-1].index(token) if token in ids else None
-
-
-def _qwen3_turn(messages: Sequence[Message], i: int) -> str:
-    """A ChatML turn; neighbouring tool messages share one user turn, as Qwen3 was trained."""
-    role, content = messages[i].role, messages[i].content
-    if role != "tool":
-        return f"<|im_start|>{role}\n{content}<|im_end|>\n"
-    opening = "" if i and messages[i - 1].role == "tool" else "<|im_start|>user"
-    closing = "" if i + 1 < len(messages) and messages[i + 1].role == "tool" else "<|im_end|>\n"
-    return f"{opening}\n<tool_response>\n{content}\n</tool_response>{closing}"
-
-
-def _qwen3_completion(message: Message, tags: ThinkTags, eos: str) -> str:
-    """Always a think block, an empty one without reasoning; one inside `content` counts."""
-    reasoning, content = message.reasoning, message.content
-    if reasoning is None and tags.close in content:
-        reasoning, content = split_reasoning(content, tags)
-    thought = (reasoning or "").strip("\n")
-    return f"{tags.open}\n{thought}\n{tags.close}\n\n" + content.lstrip("\n") + f"{eos}\n"
-
-
-def _plain_turn(messages: Sequence[Message], i: int) -> str:
-    return messages[i].content
-
-
-def _plain_completion(message: Message, tags: ThinkTags, eos: str) -> str:
-    if message.reasoning is None:
-        return message.content + eos
-    return tags.open + message.reasoning + tags.close + message.content + eos
+def _last(ids: Sequence[int], token: int, begin: int, end: int) -> int | None:
+    """The last place of `token` in ids[begin:end], None where there is none."""
+    places = (place for place in range(end - 1, begin - 1, -1) if ids[place] == token)
+    return next(places, None)
 
 
 _QWEN3_JINJA = r"""
@@ -241,7 +389,7 @@ _QWEN3_JINJA = r"""
             {%- set content = content.rsplit(CLOSE_TAG, 1)[-1] -%}
         {%- endif -%}
         {{- "<|im_start|>assistant\n" + OPEN_TAG + "\n" + reasoning.strip("\n") + "\n" -}}
-        {{- CLOSE_TAG + "\n\n" + content.lstrip("\n") + EOS + "\n" -}}
+        {{- CLOSE_TAG + "\n\n" + content.lstrip("\n") + "<|im_end|>\n" -}}
     {%- elif message.role == "tool" -%}
         {%- if loop.first or loop.previtem.role != "tool" -%}
             {{- "<|im_start|>user" -}}
@@ -268,34 +416,19 @@ _PLAIN_JINJA = r"""
         {%- if message.reasoning_content is string -%}
             {{- OPEN_TAG + message.reasoning_content + CLOSE_TAG -}}
         {%- endif -%}
-        {{- message.content + EOS -}}
+        {{- message.content + eos_token -}}
     {%- else -%}
         {{- message.content -}}
     {%- endif -%}
 {%- endfor -%}
 """
 
-TEMPLATES: dict[str, ChatTemplate] = {
+# Jinja that reads OPEN_TAG and CLOSE_TAG, which `read_template` sets.
+TEMPLATES: dict[str, str] = {
     # ChatML as Qwen3 is trained on it: arXiv 2505.09388, and huggingface/trl's training template,
     # which unlike the stock one keeps the think blocks of earlier turns.
-    "qwen3": ChatTemplate(
-        name="qwen3",
-        header="<|im_start|>assistant\n",
-        any_eos=False,
-        turn=_qwen3_turn,
-        completion=_qwen3_completion,
-        empty_think="{open}\n\n{close}\n\n",
-        jinja_source=_QWEN3_JINJA,
-    ),
+    "qwen3": _QWEN3_JINJA,
     # For tiny models with one question: the prompt's text, then the completion, nothing between.
     # It has no way to ask for no reasoning: `thinking` changes nothing.
-    "plain": ChatTemplate(
-        name="plain",
-        header="",
-        any_eos=True,
-        turn=_plain_turn,
-        completion=_plain_completion,
-        empty_think="",
-        jinja_source=_PLAIN_JINJA,
-    ),
+    "plain": _PLAIN_JINJA,
 }

@@ -7,7 +7,6 @@ tokenizer adds a begin or end token by itself, and special tokens written in a t
 
 import dataclasses
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -17,11 +16,19 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Protocol
 
+from jaxreason.text.hf_tokenizer import (
+    MARKER,
+    config_file,
+    digest,
+    load_hf_tokenizer,
+    read_file,
+    write_tokenizer,
+)
+
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # Control tokens disappear under skip_special; think tags do not, because they are read as text.
 CONTROL = (PAD, TURN_START, TURN_END)
-MARKER = "jaxreason_tokenizer.json"
 SENTENCEPIECE_FILE = "sentencepiece.model"  # not tokenizer.model: transformers would convert that
 
 
@@ -43,6 +50,17 @@ class Tokenizer(Protocol):
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode(skip_special=True)` leaves out."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a generation beside eos_id, as where a published model ends its documents."""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and others by the names that chat templates have for them."""
+
+    def ending_with(self, token: str) -> "Tokenizer":
+        """The same with `token` as the end of a turn. Raises ValueError where that cannot be."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises ValueError where it holds what UTF-8 cannot (a lone surrogate)."""
@@ -69,6 +87,8 @@ class ByteTokenizer:
     pad_id = 256 + specials.index(PAD)
     eos_id = 256 + specials.index(TURN_END)
     special_ids = frozenset(256 + i for i, token in enumerate(specials) if token in CONTROL)
+    stop_ids = ()
+    special_tokens: ClassVar[dict[str, str]] = {"eos_token": TURN_END, "pad_token": PAD}
 
     _bytes_of = (*(bytes([b]) for b in range(256)), *(token.encode() for token in specials))
     _id_of_special: ClassVar[dict[bytes, int]] = {
@@ -94,12 +114,15 @@ class ByteTokenizer:
     def id_of(self, token: str) -> int | None:
         return _only(self.encode(token))
 
+    def ending_with(self, token: str) -> "ByteTokenizer":
+        return _as_it_ends(self, token)
+
     def save(self, directory: str | pathlib.Path, chat_template: str | None = None) -> None:
-        folder = _made(directory)
-        _write_export(folder, "bytes", _byte_level_json(self.specials), _config(), chat_template)
+        files = {"tokenizer.json": _byte_level_json(self.specials).encode()}
+        write_tokenizer(directory, {"kind": "bytes"}, files | config_file(_config()), chat_template)
 
     def fingerprint(self) -> str:
-        return _digest(b"bytes", *map(str.encode, self.specials))
+        return digest(b"bytes", *map(str.encode, self.specials))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +134,9 @@ class SentencePieceTokenizer:
     """
 
     model: bytes = dataclasses.field(repr=False)  # the serialised ModelProto
+
+    stop_ids = ()
+    special_tokens: ClassVar[dict[str, str]] = {"eos_token": TURN_END, "pad_token": PAD}
 
     @functools.cached_property
     def _processor(self):
@@ -170,98 +196,33 @@ class SentencePieceTokenizer:
     def id_of(self, token: str) -> int | None:
         return _only(self.encode(token))
 
-    def save(self, directory: str | pathlib.Path, chat_template: str | None = None) -> None:
-        folder = _made(directory)
-        (folder / SENTENCEPIECE_FILE).write_bytes(self.model)
-        definition = _sentencepiece_json(self._processor)
-        _write_export(folder, "sentencepiece", definition, _config(), chat_template)
-
-    def fingerprint(self) -> str:
-        return _digest(b"sentencepiece", self.model)
-
-
-@dataclasses.dataclass(frozen=True)
-class HFTokenizer:
-    """A published tokenizer.json; tokenizer_config.json names its end and padding tokens.
-
-    Where no padding token is named, the end token pads. Lossless up to the tokenizer's own
-    normalizer (Qwen: Unicode NFC).
-    """
-
-    definition: str = dataclasses.field(repr=False)  # the text of tokenizer.json
-    config: str = dataclasses.field(repr=False)  # the text of tokenizer_config.json
-
-    @functools.cached_property
-    def _tokenizer(self):
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_str(self.definition)
-
-    @functools.cached_property
-    def _settings(self) -> dict:
-        return json.loads(self.config)
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-    @functools.cached_property
-    def eos_id(self) -> int:
-        return self._named("eos_token")
-
-    @functools.cached_property
-    def pad_id(self) -> int:
-        return self._named("pad_token") if self._settings.get("pad_token") else self.eos_id
-
-    @functools.cached_property
-    def special_ids(self) -> frozenset[int]:
-        added = self._tokenizer.get_added_tokens_decoder()
-        return frozenset(i for i, token in added.items() if token.special)
-
-    def _named(self, key: str) -> int:
-        token = self._settings.get(key)
-        text = token["content"] if isinstance(token, dict) else token
-        token_id = self._tokenizer.token_to_id(text) if text else None
-        if token_id is None:
-            raise ValueError(
-                f"tokenizer_config.json: {key} is {text!r}; it must be a token of tokenizer.json"
-            )
-        return token_id
-
-    def encode(self, text: str) -> list[int]:
-        text.encode()  # refuses lone surrogates as ValueError; tokenizers would raise TypeError
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-
-    def id_of(self, token: str) -> int | None:
-        return _only(self.encode(token))
+    def ending_with(self, token: str) -> "SentencePieceTokenizer":
+        return _as_it_ends(self, token)
 
     def save(self, directory: str | pathlib.Path, chat_template: str | None = None) -> None:
-        config = _config() | self._settings
-        if chat_template is not None:
-            config.pop("chat_template", None)  # the published one; the argument replaces it
-        _write_export(_made(directory), "huggingface", self.definition, config, chat_template)
+        definition = _sentencepiece_json(self._processor).encode()
+        files = {SENTENCEPIECE_FILE: self.model, "tokenizer.json": definition}
+        files |= config_file(_config())
+        write_tokenizer(directory, {"kind": "sentencepiece"}, files, chat_template)
 
     def fingerprint(self) -> str:
-        names = f"{self.eos_id} {self.pad_id}"
-        return _digest(b"huggingface", names.encode(), self.definition.encode())
+        return digest(b"sentencepiece", self.model)
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     """The tokenizer that `save` wrote, or a Hugging Face directory's. Raises ValueError."""
     folder = pathlib.Path(directory)
-    marker = folder / MARKER
-    kind = json.loads(_read(marker))["kind"] if marker.is_file() else "huggingface"
-    if kind == "bytes":
+    path = folder / MARKER
+    marker = json.loads(read_file(path)) if path.is_file() else {"kind": "huggingface"}
+    if marker["kind"] == "bytes":
         return ByteTokenizer()
-    if kind == "sentencepiece":
-        return SentencePieceTokenizer(_read(folder / SENTENCEPIECE_FILE))
-    if kind == "huggingface":
-        files = ("tokenizer.json", "tokenizer_config.json")
-        return HFTokenizer(*(_read(folder / name).decode() for name in files))
-    raise ValueError(f"{marker}: kind is {kind!r}; known: bytes, sentencepiece, huggingface")
+    if marker["kind"] == "sentencepiece":
+        return SentencePieceTokenizer(read_file(folder / SENTENCEPIECE_FILE))
+    if marker["kind"] == "huggingface":
+        return load_hf_tokenizer(folder, marker)
+    raise ValueError(
+        f"{path}: kind is {marker['kind']!r}; known: bytes, sentencepiece, huggingface"
+    )
 
 
 def train_sentencepiece(
@@ -403,36 +364,11 @@ def _config() -> dict:
     }
 
 
-def _write_export(
-    folder: pathlib.Path, kind: str, definition: str, config: dict, chat_template: str | None
-) -> None:
-    (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if chat_template is not None:
-        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    (folder / MARKER).write_text(json.dumps({"kind": kind}) + "\n")
-
-
-def _made(directory: str | pathlib.Path) -> pathlib.Path:
-    folder = pathlib.Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _read(path: pathlib.Path) -> bytes:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; a tokenizer directory must hold it")
-    return path.read_bytes()
-
-
 def _only(ids: list[int]) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
-def _digest(*parts: bytes) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(
-            len(part).to_bytes(8, "big") + part
-        )  # lengths keep ("ab", "c") from ("a", "bc")
-    return total.hexdigest()
+def _as_it_ends(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    if tokenizer.id_of(token) != tokenizer.eos_id:
+        raise ValueError(f"turns cannot end with {token!r}; this tokenizer has {TURN_END!r} for it")
+    return tokenizer

@@ -109,7 +109,7 @@ def test_end_is_learnt_where_padding_is_the_same_id(name, pad_is_eos):
 def test_any_role_can_be_trained():
     tokenizer = ByteTokenizer()
     messages = CONVERSATIONS["single"]
-    plain, qwen3 = (chat.TEMPLATES[name] for name in ("plain", "qwen3"))
+    plain, qwen3 = (chat.template_for(name, tokenizer) for name in ("plain", "qwen3"))
     _, weights = chat.encode_conversation(tokenizer, plain, messages, ("user", "assistant"))
     assert weights.all()
     ids, weights = chat.encode_conversation(tokenizer, qwen3, messages, ("user",))
@@ -121,7 +121,7 @@ def test_any_role_can_be_trained():
 
 def test_the_texts_of_both_templates():
     user, answer = CONVERSATIONS["single"]
-    qwen3, plain = chat.TEMPLATES["qwen3"], chat.TEMPLATES["plain"]
+    qwen3, plain = (chat.template_for(name, ByteTokenizer()) for name in ("qwen3", "plain"))
     prompt = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
     assert qwen3.render_prompt([user]) == prompt
     assert qwen3.render_prompt([user], thinking=False) == prompt + "<think>\n\n</think>\n\n"
@@ -210,7 +210,7 @@ def test_split_reasoning(text, expected):
 
 @TEMPLATES
 def test_split_reasoning_undoes_a_completion(name):
-    template = chat.TEMPLATES[name]
+    template = chat.template_for(name, ByteTokenizer())
     for message in (m for c in CONVERSATIONS.values() for m in c if m.reasoning):
         text = template.render_completion(message).removesuffix("\n").removesuffix(template.eos)
         assert chat.split_reasoning(text) == (message.reasoning.strip("\n"), message.content)
@@ -228,19 +228,22 @@ def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="a user message has a reasoning"):
         Message("user", "x", "y")
     with pytest.raises(ValueError, match="train_roles holds 'assistent'"):
-        chat.encode_conversation(tokenizer, chat.TEMPLATES["qwen3"], messages, ("assistent",))
+        chat.encode_conversation(
+            tokenizer, chat.template_for("qwen3", tokenizer), messages, ("assistent",)
+        )
     tokenizer.save(tmp_path)
     (tmp_path / "jaxreason_tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     other = load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"qwen3 ends turns with '<\|im_end\|>', the tokenizer"):
         chat.template_for("qwen3", other)
-    with pytest.raises(ValueError, match=r"not the tokenizer's end token '<\|endoftext\|>'"):
-        chat.encode_conversation(other, chat.TEMPLATES["plain"], messages)
+    with pytest.raises(ValueError, match=r"plain does not teach the end .* '<\|endoftext\|>'"):
+        chat.encode_conversation(other, chat.template_for("plain", tokenizer), messages)
     plain = chat.template_for("plain", other)
     assert plain.render_completion(messages[1]).endswith("42<|endoftext|>")
 
 
 @TEMPLATES
 def test_templates_travel_to_data_workers(name):
-    assert pickle.loads(pickle.dumps(chat.TEMPLATES[name])) == chat.TEMPLATES[name]
+    template = chat.template_for(name, ByteTokenizer())
+    assert pickle.loads(pickle.dumps(template)) == template
