@@ -84,7 +84,7 @@ class ChatTemplate:
     def render_prompt(self, messages: Sequence[Message], thinking: bool = True) -> str:
         """All turns, then what opens the assistant's; `thinking` is the template's to obey."""
         options = {"add_generation_prompt": True, "enable_thinking": thinking}
-        return self._render(messages, **options).text
+        return self.render(messages, **options).text
 
     def render_completion(self, message: Message) -> str:
         """What follows the prompt: reasoning, answer, end of the turn and the format's rest.
@@ -92,7 +92,7 @@ class ChatTemplate:
         Raises ValueError where the template writes something else than the prompt before it.
         """
         messages = [Message("user", "?"), message]
-        text = self._render(messages).text
+        text = self.render(messages).text
         ((begin, end),) = self._turns(text, messages)
         return text[begin:end]
 
@@ -104,7 +104,7 @@ class ChatTemplate:
         text, cuts = self.render_prompt(messages, thinking), [0]
         for i, message in enumerate(messages):
             if message.role == "assistant":
-                before = [self.render_prompt(messages[:i]), self._render(messages[: i + 1]).text]
+                before = [self.render_prompt(messages[:i]), self.render(messages[: i + 1]).text]
                 cuts += [len(part) for part in before if text.startswith(part)]
         return [text[a:b] for a, b in itertools.pairwise([*sorted(cuts), len(text)])]
 
@@ -114,7 +114,7 @@ class ChatTemplate:
         Raises ValueError where what a sampler would be given or should have drawn at some turn is
         not what the text holds there, and where the template leaves out a reasoning.
         """
-        whole = self._render(messages)
+        whole = self.render(messages)
         assistants = self._turns(whole.text, messages)
         trained = set(train_roles)
         others = self._other_turns(whole.text, messages, trained - {"assistant"})
@@ -132,7 +132,7 @@ class ChatTemplate:
             if message.role == "assistant":
                 before, so_far = messages[:i], messages[: i + 1]
                 start = self._length(text, self.render_prompt(before), before)
-                turns.append((start, self._length(text, self._render(so_far).text, so_far)))
+                turns.append((start, self._length(text, self.render(so_far).text, so_far)))
         return turns
 
     def _other_turns(
@@ -144,8 +144,8 @@ class ChatTemplate:
             end = begin + len(list(run))
             if role in roles:
                 before, so_far = messages[:begin], messages[:end]
-                start = self._length(text, self._render(before).text, before) if before else 0
-                turns.append((start, self._length(text, self._render(so_far).text, so_far)))
+                start = self._length(text, self.render(before).text, before) if before else 0
+                turns.append((start, self._length(text, self.render(so_far).text, so_far)))
             begin = end
         return turns
 
@@ -158,7 +158,8 @@ class ChatTemplate:
             )
         return len(beginning)
 
-    def _render(self, messages: Sequence[Message], **options) -> jinja.Rendered:
+    def render(self, messages: Sequence[Message], **options) -> jinja.Rendered:
+        """The text that transformers makes of `as_dicts(messages)` with the same options."""
         options = {"enable_thinking": True, "today": self.today} | options
         try:
             return jinja.render(
@@ -234,7 +235,7 @@ def _unchecked(
     made = ChatTemplate(template, read_template(template, tags), tags, specials, today)
     mark = "ANSWER"
     example = [Message("user", "?"), Message("assistant", mark)]
-    rest = made._render(example).text.rpartition(mark)[2]
+    rest = made.render(example).text.rpartition(mark)[2]
     ends = [token for token in tokenizer.encode(rest) if token in tokenizer.special_ids]
     if not ends:
         raise ValueError(
