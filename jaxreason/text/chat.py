@@ -9,7 +9,6 @@ training and for nothing else.
 
 import dataclasses
 import datetime
-import functools
 import itertools
 import json
 import pathlib
@@ -254,7 +253,6 @@ def read_template(template: str, tags: ThinkTags = DEFAULT_TAGS) -> str:
     return _read_template(pathlib.Path(template))
 
 
-@functools.lru_cache(maxsize=64)
 def _read_template(path: pathlib.Path) -> str:
     if path.is_file() and path.suffix == ".jinja":
         return path.read_text(encoding="utf-8")

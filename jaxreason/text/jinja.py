@@ -87,9 +87,10 @@ def compiled(source: str) -> jinja2.Template:
 def reads_reasoning(source: str) -> bool:
     """Whether the template writes a message's reasoning itself.
 
-    Without, as Qwen2.5's, Llama 3's and Gemma 3's, transformers drops what messages reason.
+    Where it does not, as Qwen2.5's, Llama 3's and Gemma 3's, transformers drops the reasoning.
+    Raises ValueError, on one line, for what is no Jinja.
     """
-    tree = _environment().parse(source)
+    tree = compiled(source).environment.parse(source)
     fields = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
     texts = {node.value for node in tree.find_all(jinja2.nodes.Const)}
     return not (fields | texts).isdisjoint(REASONING)
