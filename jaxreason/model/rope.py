@@ -89,7 +89,8 @@ def tables(positions_BT, head_dim: int, theta: float, scaling: RopeScaling | Non
     """cos and sin [B, T, 1, H/2] of the rotary angles, float32."""
     radians, amplitude = frequencies(head_dim, theta, scaling)
     angle = positions_BT[..., None, None].astype(jnp.float32) * radians
-    return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if amplitude == 1 else (amplitude * cos, amplitude * sin)
 
 
 def rotate(x_BTNH, cos, sin):

@@ -111,11 +111,13 @@ class PolicyGradient:
         if self.aggregation == "constant":
             assert self.max_length is not None, "the recipe gives the sampler's limit"
             totals["policy"] *= self.max_length
-        return {**totals, "value": tokens} if self.value_coef else totals
+        if self.value_coef:
+            totals["value"] = tokens
+        return {**totals, "balance": (batch.segments_BT != 0).sum()}
 
     def loss(self, model, params: Params, frozen: Params | None, batch: PolicyBatch) -> Loss:
         mask_BT, A_BT = batch.weights_BT, batch.advantages_BT
-        logp_BT, entropy_BT, values_BT = self.score(model, params, batch)
+        logp_BT, entropy_BT, values_BT, balance = self._forward(model, params, batch)
         r_BT = self._ratios(logp_BT, batch)
         policy_BT = self._correction(batch) * self._surrogate(r_BT, logp_BT, A_BT)
         losses_BT = policy_BT
@@ -133,6 +135,8 @@ class PolicyGradient:
         if self.value_coef:
             measured["value_loss"] = self._value_loss(values_BT, batch)
             terms["value"] = ((mask_BT * measured["value_loss"]).sum(), self.value_coef)
+        if balance is not None:
+            terms["balance"] = (balance, model.config.router_aux_coef)
         metrics = {name: (mask_BT * x_BT).sum() for name, x_BT in measured.items()}
         return Loss(terms=terms, metrics=metrics)
 
@@ -142,11 +146,18 @@ class PolicyGradient:
         The old and the reference log-probs are made by it too, so that no temperature can differ.
         There are values where the parameters have a value head.
         """
-        h_BTD = model.hidden(params, batch.tokens_BT, batch.segments_BT, batch.positions_BT)
+        return self._forward(model, params, batch)[:3]
+
+    def _forward(self, model, params: Params, batch: PolicyBatch):
+        """What `score` gives, and the load-balancing loss of a mixture of experts, else None."""
+        h_BTD, balance = model.hidden_and_balance(
+            params, batch.tokens_BT, batch.segments_BT, batch.positions_BT
+        )
         logp_BT, entropy_BT, _ = model.logprobs(
             params, h_BTD, batch.targets_BT, temperature=self.temperature
         )
-        return logp_BT, entropy_BT, model.values(params, h_BTD) if "value_head" in params else None
+        values_BT = model.values(params, h_BTD) if "value_head" in params else None
+        return logp_BT, entropy_BT, values_BT, balance
 
     # -- the switches ------------------------------------------------------------------------------
 

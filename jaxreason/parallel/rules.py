@@ -17,6 +17,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "bias": "tensor",  # of the heads, split as they are
+    "expert": None,
+    "router": None,  # its outputs
+    "rank": None,  # of LoRA adapters
     "norm": None,  # scales are too small to be worth a gather
     # activations' own width: whole on every device
     "model": None,

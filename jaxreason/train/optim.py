@@ -99,7 +99,7 @@ def _is_axes(node) -> bool:
 
 
 def _is_matrix(axes: tuple[str, ...]) -> bool:
-    return "norm" not in axes
+    return "norm" not in axes and "bias" not in axes
 
 
 def _muon_dims(axes: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
@@ -110,8 +110,9 @@ def _muon_dims(axes: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | No
     """
     if axes[0] != "layer" or not _is_matrix(axes):
         return None
-    dims = tuple(range(1, len(axes)))
-    into = dims[:1] if axes[1] == "embed" else dims[:-1]
+    first = 2 if axes[1] == "expert" else 1  # a matrix of its own, as a layer's is
+    dims = tuple(range(first, len(axes)))
+    into = dims[:1] if axes[first] in ("embed", "rank") else dims[:-1]
     return optax.contrib.MuonDimensionNumbers(
         reduction_axis=into, output_axis=tuple(d for d in dims if d not in into)
     )

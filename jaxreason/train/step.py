@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxreason.model import moe
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.train.optim import Schedule
 from jaxreason.train.state import shardings
@@ -29,8 +30,8 @@ def make_train_step(
 
     The loss of every term is its sum over the *global* batch divided by its weight over the global
     batch, so neither microbatches nor devices change it. A step whose gradient or loss is not
-    finite changes nothing but the counters. `frozen` (a reference, a teacher) is never
-    differentiated.
+    finite changes nothing but the counters. `frozen` (a reference, a teacher, the base of LoRA
+    adapters) is never differentiated.
     """
 
     def step_fn(state: TrainState, batch, frozen):
@@ -38,17 +39,24 @@ def make_train_step(
         first = next(iter(weights))  # before any tree.map, which sorts the names
         totals = {name: jnp.where(w > 0, w, 1.0) for name, w in weights.items()}
 
+        pieces = split_microbatches(batch, microbatches, num_shards)
+        load_LE = None
+        if microbatches > 1 and model.has_experts:
+            load_LE = _expert_load(model, model.complete(state.params, frozen), pieces)
+
         def mean_loss(params, piece):
-            loss = objective.loss(model, params, frozen, piece)
-            terms = [c * s / totals[name] for name, (s, c) in loss.terms.items()]
+            whole = model.complete(params, frozen, load_LE)
+            loss = objective.loss(model, whole, frozen, piece)
+            terms = {name: s / totals[name] for name, (s, _) in loss.terms.items()}
             means = jax.tree.map(lambda s: s / totals[first], loss.metrics)
-            return sum(terms), means
+            if "balance" in terms:
+                means["balance"] = terms["balance"]
+            return sum(c * terms[name] for name, (_, c) in loss.terms.items()), means
 
         def accumulate(carry, piece):
             (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, piece)
             return jax.tree.map(jnp.add, carry, (loss, means, grads)), None
 
-        pieces = split_microbatches(batch, microbatches, num_shards)
         if microbatches == 1:
             only = jax.tree.map(lambda x: x[0], pieces)
             (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, only)
@@ -88,6 +96,21 @@ def make_train_step(
     return jax.jit(
         step_fn, donate_argnums=0, out_shardings=out, compiler_options=xla_options or None
     )
+
+
+def _expert_load(model: LanguageModel, whole: Params, pieces) -> jax.Array:
+    """load_LE of the global batch: a forward pass before the one that learns.
+
+    The balance loss is a product of two means over the batch, so its parts in the microbatches do
+    not add up unless one of the two is known.
+    """
+
+    def counts(piece):
+        routing_L = model.routing(whole, piece.tokens_BT, piece.segments_BT, piece.positions_BT)
+        return routing_L.counts_E, (piece.segments_BT != 0).sum()
+
+    counts_MLE, tokens_M = jax.lax.map(counts, pieces)
+    return moe.load(counts_MLE.sum(0), tokens_M.sum())
 
 
 def split_microbatches(batch, microbatches: int, num_shards: int):

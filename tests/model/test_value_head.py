@@ -80,6 +80,6 @@ def test_it_is_split_and_optimised_like_any_weight():
 def test_a_hugging_face_export_leaves_it_out(tmp_path):
     model = valued_model()
     params = model.with_value_head(tiny_params())
-    hf.export_hf(tmp_path / "hf", model.config, params, eos_id=0, pad_id=0)
+    hf.export_hf(tmp_path / "hf", model.config, params, generation={})
     _, back = hf.import_hf(tmp_path / "hf")
     assert_trees_equal(back, tiny_params())

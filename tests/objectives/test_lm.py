@@ -25,7 +25,8 @@ def test_loss_and_metrics_equal_the_definition():
     logp_BTV = logits_BTV - lse_BT[..., None]
     nll_BT = -np.take_along_axis(np.asarray(logp_BTV), batch.targets_BT[..., None], -1)[..., 0]
     total, coefficient = loss.terms["nll"]
-    assert objective.weights(batch) == {"nll": weights_BT.sum()} and coefficient == 1.0
+    assert objective.weights(batch)["nll"] == weights_BT.sum() and coefficient == 1.0
+    assert set(loss.terms) == {"nll"}  # no experts: nothing to balance
     want = float((weights_BT * (nll_BT + 0.01 * lse_BT**2)).sum())
     assert float(total) == pytest.approx(want, rel=1e-5)
     sums = {

@@ -190,10 +190,13 @@ def with_advantages(case: Case, config: Advantage) -> PolicyBatch:
 class Lookup:
     """A stand-in for a model: its parameters are the log-probs, entropies and values themselves."""
 
-    mesh = None
+    mesh, has_experts = None, False
 
-    def hidden(self, params, tokens_BT, segments_BT, positions_BT):
-        return tokens_BT[:, 0]
+    def complete(self, params, frozen, expert_load_LE):
+        return params
+
+    def hidden_and_balance(self, params, tokens_BT, segments_BT, positions_BT):
+        return tokens_BT[:, 0], None
 
     def logprobs(self, params, h_B, targets_BT, *, temperature):
         assert temperature == 1.0

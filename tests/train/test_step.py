@@ -43,7 +43,9 @@ class Quadratic:
         )
 
 
-NO_MESH = types.SimpleNamespace(mesh=None)
+NO_MESH = types.SimpleNamespace(
+    mesh=None, has_experts=False, complete=lambda params, frozen, load: params
+)
 
 
 def rows(n=8, seed=0):

@@ -1,0 +1,200 @@
+"""One layer: its parameters and its maths. What differs between families is in Family's switches.
+
+Parameters: attention_norm [D], wq [D, N, H], wk wv [D, K, H], wo [N, H, D], mlp_norm [D], and
+  w_gate w_up [D, F], w_down [F, D]   or, of experts, router [D, E], [E, D, F] twice and [E, F, D];
+  bq [N, H], bk bv [K, H]             where queries, keys and values have biases;
+  q_norm k_norm [H]                   where queries and keys are normed;
+  post_attention_norm post_mlp_norm [D]   where a layer's outputs are.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxreason.model import moe
+from jaxreason.model.config import DecoderConfig
+from jaxreason.model.rope import rotate
+from jaxreason.types import Params, pytree_dataclass
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+@pytree_dataclass()
+class LayerWeights:
+    """One layer's weights as they multiply: cast, norms with their offset, and concatenated where
+    that saves matmuls. What a family does not have is None."""
+
+    attention_norm: jax.Array
+    qkv: tuple[jax.Array, ...]  # [D, heads, H] each; together N + 2K heads
+    qkv_bias: jax.Array | None  # [N + 2K, H]
+    q_norm: jax.Array | None
+    k_norm: jax.Array | None
+    wo: jax.Array
+    post_attention_norm: jax.Array | None
+    mlp_norm: jax.Array
+    router: jax.Array | None  # [D, E], float32
+    gate_up: tuple[jax.Array, ...]  # [D, *] each, together 2F; of experts [E, D, F] each
+    w_down: jax.Array
+    post_mlp_norm: jax.Array | None
+    lora: Params | None = None  # weight -> {"a", "b"}, b scaled
+
+
+class Block(nnx.Module):
+    """The parameters of one layer."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        # Residual branches start small (GPT-2's rule): depth does not grow the stream's variance.
+        out_std = c.init_std / math.sqrt(2 * c.num_layers)
+        D, F, N, K, H = c.embed_dim, c.mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        E, traits = c.num_experts, c.traits
+        self.attention_norm = norm_scale(c, D)
+        self.wq = normal(rngs, (D, N, H), ("embed", "heads", "head_dim"), c.init_std)
+        self.wk = normal(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), c.init_std)
+        self.wv = normal(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), c.init_std)
+        if traits.qkv_bias:
+            self.bq, self.bk, self.bv = _bias(N, H), _bias(K, H), _bias(K, H)
+        if traits.qk_norm:
+            self.q_norm, self.k_norm = norm_scale(c, H), norm_scale(c, H)
+        self.wo = normal(rngs, (N, H, D), ("heads", "head_dim", "embed"), out_std)
+        if traits.post_norms:
+            self.post_attention_norm, self.post_mlp_norm = norm_scale(c, D), norm_scale(c, D)
+        self.mlp_norm = norm_scale(c, D)
+        expert, of_expert = ((E,), ("expert",)) if traits.experts else ((), ())
+        if traits.experts:
+            self.router = normal(rngs, (D, E), ("embed", "router"), c.init_std)
+        into, out = (*of_expert, "embed", "mlp"), (*of_expert, "mlp", "embed")
+        self.w_gate = normal(rngs, (*expert, D, F), into, c.init_std)
+        self.w_up = normal(rngs, (*expert, D, F), into, c.init_std)
+        self.w_down = normal(rngs, (*expert, F, D), out, out_std)
+
+    def weights(
+        self, c: DecoderConfig, dtype: jnp.dtype, fuse: bool, lora: Params | None = None
+    ) -> LayerWeights:
+        """As the layer multiplies them; `lora` are this layer's adapters, b scaled."""
+        cast = lambda p: p[...].astype(dtype)
+        norm = lambda name: multiplier(c, getattr(self, name)[...]) if hasattr(self, name) else None
+        fuse = fuse and lora is None
+        join = lambda parts: (jnp.concatenate(parts, axis=1),) if fuse else tuple(parts)
+        gate_up = [cast(self.w_gate), cast(self.w_up)]
+        bias = None
+        if c.traits.qkv_bias:
+            bias = jnp.concatenate([cast(self.bq), cast(self.bk), cast(self.bv)])
+        return LayerWeights(
+            attention_norm=norm("attention_norm"),
+            qkv=join([cast(self.wq), cast(self.wk), cast(self.wv)]),
+            qkv_bias=bias,
+            q_norm=norm("q_norm"),
+            k_norm=norm("k_norm"),
+            wo=cast(self.wo),
+            post_attention_norm=norm("post_attention_norm"),
+            mlp_norm=norm("mlp_norm"),
+            router=self.router[...] if c.traits.experts else None,
+            gate_up=tuple(gate_up) if c.traits.experts else join(gate_up),
+            w_down=cast(self.w_down),
+            post_mlp_norm=norm("post_mlp_norm"),
+            lora=None if lora is None else jax.tree.map(lambda x: x.astype(dtype), lora),
+        )
+
+
+def normal(rngs, shape, axes, std) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def norm_scale(c: DecoderConfig, size: int) -> nnx.Param:
+    """A norm's weight, so that offset + weight is 1."""
+    return nnx.Param(jnp.full((size,), 1 - c.traits.norm_offset, jnp.float32), axes=("norm",))
+
+
+def multiplier(c: DecoderConfig, scale):
+    """What a norm multiplies by."""
+    return scale + c.traits.norm_offset if c.traits.norm_offset else scale
+
+
+def _bias(heads: int, head_dim: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros((heads, head_dim), jnp.float32), axes=("bias", "head_dim"))
+
+
+# --- the maths ------------------------------------------------------------------------------------
+
+
+def rms_norm(x, scale, eps):
+    """Root-mean-square norm over the last dim, in float32. Source: arXiv 1910.07467."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(
+        x.dtype
+    )
+
+
+def project(x, w, num_in: int = 1):
+    """x [B, T, *in] times w [*in, *out] over its first `num_in` dims -> [B, T, *out].
+
+    One product of two matrices, sums in float32: the gradient of w of the same einsum over
+    [B, T, ...] costs 2.5 times as much on CPU, where XLA then transposes the larger operand.
+    """
+    *rows, into, out = *x.shape[:2], w.shape[:num_in], w.shape[num_in:]
+    x_XI, w_IO = x.reshape(-1, math.prod(into)), w.reshape(math.prod(into), -1)
+    out_XO = jnp.einsum("XI,IO->XO", x_XI, w_IO, preferred_element_type=jnp.float32)
+    return out_XO.astype(x.dtype).reshape(*rows, *out)
+
+
+def _linear(w: LayerWeights, name: str, x, weight, num_in: int = 1):
+    """x times the weight of that name, with its adapter if it has one."""
+    out = project(x, weight, num_in)
+    if w.lora is None or name not in w.lora:
+        return out
+    return out + project(project(x, w.lora[name]["a"], num_in), w.lora[name]["b"])
+
+
+def qkv(c: DecoderConfig, w: LayerWeights, x_BTD, cos, sin):
+    """Normed and rotated queries [B,T,N,H], keys and values [B,T,K,H]."""
+    h_BTD = rms_norm(x_BTD, w.attention_norm, c.norm_eps)
+    parts = [_linear(w, name, h_BTD, part) for name, part in zip(("wq", "wk", "wv"), w.qkv)]
+    heads = jnp.concatenate(parts, axis=2)
+    if w.qkv_bias is not None:
+        heads = heads + w.qkv_bias
+    q_BTNH, k_BTKH, v_BTKH = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+    if w.q_norm is not None:
+        q_BTNH = rms_norm(q_BTNH, w.q_norm, c.norm_eps)
+        k_BTKH = rms_norm(k_BTKH, w.k_norm, c.norm_eps)
+    return rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH
+
+
+def finish_layer(c: DecoderConfig, w: LayerWeights, x_BTD, attended_BTNH, real_BT=None):
+    """Output projection, then the gated MLP, both on the residual stream.
+
+    Returns (x_BTD, moe.Routing over the tokens of `real_BT`, or None without it or experts).
+    """
+    out_BTD = _linear(w, "wo", attended_BTNH, w.wo, num_in=2)
+    x_BTD = x_BTD + _post_norm(c, out_BTD, w.post_attention_norm)
+    h_BTD = rms_norm(x_BTD, w.mlp_norm, c.norm_eps)
+    out_BTD, routing = (_experts if c.traits.experts else _mlp)(c, w, h_BTD, real_BT)
+    return x_BTD + _post_norm(c, out_BTD, w.post_mlp_norm), routing
+
+
+def _post_norm(c: DecoderConfig, out_BTD, scale):
+    return out_BTD if scale is None else rms_norm(out_BTD, scale, c.norm_eps)
+
+
+def _mlp(c: DecoderConfig, w: LayerWeights, h_BTD, real_BT):
+    parts = [_linear(w, name, h_BTD, part) for name, part in zip(("w_gate", "w_up"), w.gate_up)]
+    gate_BTF, up_BTF = jnp.split(jnp.concatenate(parts, axis=-1), 2, axis=-1)
+    return _linear(
+        w, "w_down", _ACTIVATIONS[c.traits.activation](gate_BTF) * up_BTF, w.w_down
+    ), None
+
+
+def _experts(c: DecoderConfig, w: LayerWeights, h_BTD, real_BT):
+    h_XD = h_BTD.reshape(-1, c.embed_dim)
+    probs_XE, weights_XK, ids_XK = moe.route(
+        h_XD, w.router, c.experts_per_token, c.norm_expert_weights
+    )
+    activation = _ACTIVATIONS[c.traits.activation]
+    out_XD = moe.mixture(h_XD, weights_XK, ids_XK, *w.gate_up, w.w_down, activation)
+    routing = None if real_BT is None else moe.summarise(probs_XE, ids_XK, real_BT.reshape(-1))
+    return out_XD.reshape(h_BTD.shape), routing
