@@ -48,7 +48,7 @@ def load(config: DecoderConfig, params: Params, bfloat16: bool) -> Iterator:
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model"
-        hf.export_hf(path, config, jax.tree.map(np.array, params), eos_id=None, pad_id=None)
+        hf.export_hf(path, config, jax.tree.map(np.array, params), generation={})
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa"
         )

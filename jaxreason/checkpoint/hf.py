@@ -1,335 +1,246 @@
-"""Hugging Face Qwen3, both ways, through one name table: safetensors, config.json, tokenizer.
+"""Hugging Face directories, both ways: weights, config.json, generation_config.json, tokenizer.
 
-RoPE is the half-split one on both sides, so weights are reshaped and transposed, never permuted.
+The names of the tensors are in hf_names.py, config.json in hf_config.py.
 """
 
+import collections
+import concurrent.futures
 import contextlib
-import dataclasses
-import functools
-import json
-import math
+import errno
+import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from jaxreason.checkpoint import hf_names
+from jaxreason.checkpoint.hf_config import GENERATION, config_from_hf, config_to_hf
+from jaxreason.checkpoint.hf_names import Row
+from jaxreason.checkpoint.safetensors_files import (
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Entry,
+    Tensor,
+    open_tensors,
+    plan_shards,
+    read_json,
+    write_json,
+    write_shards,
+)
 from jaxreason.model.config import DecoderConfig
 from jaxreason.types import Params
 
-MAX_SHARD_BYTES = 5 * 10**9  # above it the export is split and indexed, as transformers does
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = ("F32", "BF16", "F16")  # what a plain checkpoint holds, in safetensors' names
+# Told (what was read or written, bytes done, bytes in all) as the work goes on.
+OnProgress = Callable[[str, int, int], None]
+
+_READERS = min(8, os.cpu_count() or 1)
+_PIECE_BYTES = 32 * 2**20  # of one reader's task
+_STRIP = 16  # rows of theirs turned at a time: nine times as fast as a whole matrix in numpy
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One tensor in both worlds, by dimension letters; a space separates the axes of theirs.
-
-    ("DNH", "NH D") reads: ours is [D, N, H], theirs the matrix [N*H, D]. `{layer}` in their name
-    stands for one tensor a layer, which ours stacks along a leading L.
-    """
-
-    path: str  # "layers/wq": keys of the parameter tree
-    name: str
-    ours: str
-    theirs: str
-
-    @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.name
-
-    def names(self, num_layers: int) -> list[str]:
-        return [self.name.format(layer=i) for i in range(num_layers if self.stacked else 1)]
-
-    def shape_here(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        dims = "L" + self.ours if self.stacked else self.ours
-        return tuple(sizes[dim] for dim in dims)
-
-    def shape_there(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple(math.prod(sizes[dim] for dim in axis) for axis in self.theirs.split())
-
-    def to_here(self, there: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """One layer's tensor of theirs, as ours."""
-        dims = self.theirs.replace(" ", "")
-        split = there.reshape([sizes[dim] for dim in dims])
-        return split.transpose([dims.index(dim) for dim in self.ours])
-
-    def to_there(self, here: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """One layer's tensor of ours, as theirs; the inverse of `to_here`."""
-        dims = self.theirs.replace(" ", "")
-        return here.transpose([self.ours.index(dim) for dim in dims]).reshape(
-            self.shape_there(sizes)
-        )
-
-
-_LAYER = "model.layers.{layer}."
-TABLE = (
-    Row("embedding", "model.embed_tokens.weight", "VD", "V D"),
-    Row("layers/attention_norm", _LAYER + "input_layernorm.weight", "D", "D"),
-    Row("layers/wq", _LAYER + "self_attn.q_proj.weight", "DNH", "NH D"),
-    Row("layers/wk", _LAYER + "self_attn.k_proj.weight", "DKH", "KH D"),
-    Row("layers/wv", _LAYER + "self_attn.v_proj.weight", "DKH", "KH D"),
-    Row("layers/wo", _LAYER + "self_attn.o_proj.weight", "NHD", "D NH"),
-    Row("layers/q_norm", _LAYER + "self_attn.q_norm.weight", "H", "H"),
-    Row("layers/k_norm", _LAYER + "self_attn.k_norm.weight", "H", "H"),
-    Row("layers/mlp_norm", _LAYER + "post_attention_layernorm.weight", "D", "D"),
-    Row("layers/w_gate", _LAYER + "mlp.gate_proj.weight", "DF", "F D"),
-    Row("layers/w_up", _LAYER + "mlp.up_proj.weight", "DF", "F D"),
-    Row("layers/w_down", _LAYER + "mlp.down_proj.weight", "FD", "D F"),
-    Row("final_norm", "model.norm.weight", "D", "D"),
-    Row("lm_head", "lm_head.weight", "VD", "V D"),
-)
-_EMBEDDING, _HEAD = TABLE[0], TABLE[-1]
-
-
-def _rows(config: DecoderConfig) -> tuple[Row, ...]:
-    return TABLE[:-1] if config.tie_embeddings else TABLE
-
-
-def _sizes(config: DecoderConfig) -> dict[str, int]:
-    return {"V": config.vocab_size, "D": config.embed_dim, "F": config.mlp_dim,
-            "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim,
-            "L": config.num_layers}  # fmt: skip
-
-
-def _get(tree: Mapping[str, Any], path: str) -> Any:
-    return functools.reduce(lambda node, key: node[key], path.split("/"), tree)
-
-
-def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    *parents, last = path.split("/")
-    functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
-
-
-# --------------------------------------------------------------------------------------------------
-# config.json
-
-
-def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
-    """The shape that a Qwen3 config.json describes, in transformers 4's or 5's spelling.
-
-    Raises ValueError, one line, for what this decoder would not compute as transformers does
-    (another model type, scaled RoPE, sliding windows, biases, quantised weights) and for missing
-    keys; rope_theta in particular has no default.
-    """
-    _refuse_what_differs(hf_config)
-
-    def need(key: str) -> Any:
-        if hf_config.get(key) is None:
-            raise ValueError(f"config.json has no {key}; a Qwen3 checkpoint states it")
-        return hf_config[key]
-
-    num_heads, embed_dim = need("num_attention_heads"), need("hidden_size")
-    return DecoderConfig(
-        vocab_size=need("vocab_size"),
-        num_layers=need("num_hidden_layers"),
-        embed_dim=embed_dim,
-        mlp_dim=need("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=need("num_key_value_heads"),
-        head_dim=hf_config.get("head_dim") or embed_dim // num_heads,
-        rope_theta=_rope_theta(hf_config),
-        norm_eps=need("rms_norm_eps"),
-        tie_embeddings=need("tie_word_embeddings"),
-        max_length=need("max_position_embeddings"),
-        init_std=hf_config.get("initializer_range", 0.02),
-    )
-
-
-def _refuse_what_differs(hf: Mapping[str, Any]) -> None:
-    """Raises on the first setting that this decoder would not compute as transformers does."""
-
-    def refuse(when: Any, reason: str) -> None:
-        if when:
-            raise ValueError(f"config.json: {reason}")
-
-    model_type, activation = hf.get("model_type"), hf.get("hidden_act", "silu")
-    sliding = hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ())
-    refuse(model_type != "qwen3", f"model_type is {model_type!r}; only 'qwen3' is known")
-    refuse(sliding, "sliding window attention is in use; only full attention is known")
-    refuse(hf.get("attention_bias"), "attention_bias is true; only false is known")
-    refuse(activation != "silu", f"hidden_act is {activation!r}; only 'silu' is known")
-    refuse(hf.get("quantization_config"), "weights are quantised; only plain floats are known")
-
-
-def _rope_theta(hf: Mapping[str, Any]) -> float:
-    """transformers 5: rope_parameters.rope_theta; 4: rope_theta beside an optional rope_scaling."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: rope_type is {kind!r}; only unscaled RoPE is known")
-    thetas = {float(t) for t in (rope.get("rope_theta"), hf.get("rope_theta")) if t is not None}
-    if not thetas:
-        raise ValueError("config.json has no rope_theta (nor rope_parameters.rope_theta)")
-    if len(thetas) > 1:
-        raise ValueError(f"config.json states two values of rope_theta: {sorted(thetas)}")
-    return thetas.pop()
-
-
-def config_to_hf(
-    config: DecoderConfig, *, eos_id: int | None, pad_id: int | None, dtype: str = "float32"
-) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 and vLLM read: RoPE and dtype in both spellings."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_length,
-        "initializer_range": config.init_std,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "layer_types": ["full_attention"] * config.num_layers,
-        "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
-    }
-
-
-# --------------------------------------------------------------------------------------------------
-# import
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """Where one tensor lies, from the headers alone."""
-
-    file: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name of it
+# --- import ---------------------------------------------------------------------------------------
 
 
 def import_hf(
-    directory: str | pathlib.Path, *, dtype: Any = jnp.float32, shardings: Any = None
+    directory: str | pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> tuple[DecoderConfig, Params]:
-    """A Hugging Face Qwen3 directory as (config, parameter tree of jax arrays).
+    """A Hugging Face directory as (config, parameter tree of jax arrays).
 
     Args:
-      dtype: of every leaf.
+      dtype: of every leaf; None: as each is stored.
       shardings: a tree like the parameters, one sharding a leaf; None: the default device.
 
-    All headers are checked before any weight is read; then one stacked leaf is in host memory at a
-    time. Raises one ValueError naming every unknown, missing, duplicate, misshapen or non-float
-    tensor.
+    All headers are checked before any weight is read. The files are mapped, and each leaf is made
+    in the memory that becomes the array where the platform allows (CPU); else one leaf is on the
+    host at a time. Of a sharded leaf only the parts of this process are read. Raises one ValueError
+    naming every unknown, missing, duplicate, misshapen or non-float tensor.
     """
     directory = pathlib.Path(directory)
-    config = config_from_hf(_read_json(directory / "config.json"))
-    sizes = _sizes(config)
-    with contextlib.ExitStack() as stack:
-        files = {path: _open(stack, path) for path in _weight_files(directory)}
-        found = _headers(files)
-        _check(directory, found, config)
-
-        def read(name: str) -> np.ndarray:
-            return files[found[name][0].file].get_tensor(name)
-
-        if config.tie_embeddings and _HEAD.name in found:
-            if not np.array_equal(read(_HEAD.name), read(_EMBEDDING.name)):
-                raise ValueError(
-                    f"{directory}: tie_word_embeddings is true, yet {_HEAD.name} differs from "
-                    f"{_EMBEDDING.name}; set it to false to keep both"
-                )
-        params: Params = {}
-        for row in _rows(config):
-            layers = (row.to_here(read(name), sizes) for name in row.names(config.num_layers))
-            leaf = np.empty(row.shape_here(sizes), np.dtype(dtype))
-            for target, layer in zip(leaf if row.stacked else (leaf,), layers, strict=True):
-                target[...] = layer
-            sharding = None if shardings is None else _get(shardings, row.path)
-            _put(params, row.path, jax.device_put(leaf, sharding))
+    hf_config = read_json(directory / "config.json")
+    config = config_from_hf(hf_config)
+    found = _checked(directory, config, hf_config["model_type"], dtype)
+    rows, sizes = hf_names.rows(config), hf_names.sizes(config)
+    total = sum(found[name].data.size for row in rows for name in row.names(sizes))
+    params: Params = {}
+    done = 0
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for row in rows:
+            tensors = [found[name] for name in row.names(sizes)]
+            read = _reader(row, sizes, tensors, dtype, pool)
+            sharding = None if shardings is None else hf_names.get(shardings, row.path)
+            hf_names.put(params, row.path, _placed(row.shape_here(sizes), sharding, read))
+            done += sum(tensor.data.size for tensor in tensors)
+            on_progress(row.path, done, total)
     return config, params
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; expected a Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+def left_out(directory: str | pathlib.Path) -> dict[str, int]:
+    """{part: tensors} of what an import passes over: the parts of a Gemma 3 that see."""
+    directory = pathlib.Path(directory)
+    model_type = read_json(directory / "config.json").get("model_type")
+    parts = [hf_names.vision_part(t.name, model_type) for t in open_tensors(directory)[0]]
+    return dict(collections.Counter(part for part in parts if part is not None))
 
 
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files that hold the weights; one whole file wins over an index, as in transformers."""
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    if not (directory / _INDEX).is_file():
-        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
-    names = sorted(set(_read_json(directory / _INDEX)["weight_map"].values()))
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ValueError(f"{directory / _INDEX} points to missing files: {', '.join(missing)}")
-    return [directory / name for name in names]
+def _checked(
+    directory: pathlib.Path, config: DecoderConfig, model_type: str, dtype: Any
+) -> dict[str, Tensor]:
+    """The tensors by their names in the table.
 
-
-def _open(stack: contextlib.ExitStack, path: pathlib.Path) -> Any:
-    try:
-        return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _headers(files: Mapping[pathlib.Path, Any]) -> dict[str, list[_Tensor]]:
-    found: dict[str, list[_Tensor]] = {}
-    for path, handle in files.items():
-        for name in handle.keys():
-            view = handle.get_slice(name)
-            tensor = _Tensor(path, tuple(view.get_shape()), view.get_dtype())
+    Raises one ValueError that lists every one that the table and the config cannot explain.
+    """
+    tensors, problems = open_tensors(directory)
+    found: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        name = hf_names.meaning(tensor.name, model_type)
+        if name is not None:
             found.setdefault(name, []).append(tensor)
-    return found
-
-
-def _check(
-    directory: pathlib.Path, found: Mapping[str, list[_Tensor]], config: DecoderConfig
-) -> None:
-    """Raises one ValueError that lists every tensor the table and the config cannot explain."""
-    sizes, problems = _sizes(config), []
-    expected = {
-        name: row.shape_there(sizes)
-        for row in TABLE
-        for name in row.names(config.num_layers)
-    }  # fmt: skip
-    required = [name for row in _rows(config) for name in row.names(config.num_layers)]
-    problems += [f"missing {name}" for name in required if name not in found]
-    for name, tensors in sorted(found.items()):
-        if name not in expected:
-            problems.append(f"unknown {name}")
-            continue
-        if len(tensors) > 1:
-            problems.append(f"duplicate {name} in {', '.join(t.file.name for t in tensors)}")
-        for tensor in tensors:
-            if tensor.shape != expected[name]:
-                problems.append(f"{name} has shape {tensor.shape}, not {expected[name]}")
-            if tensor.dtype not in _FLOATS:
-                problems.append(f"{name} has dtype {tensor.dtype}, not one of {', '.join(_FLOATS)}")
+    problems += _misfits(config, found)
+    if not problems:
+        problems += _mixed(config, found) if dtype is None else []
+        problems += _second_heads(config, found)
     if problems:
         raise ValueError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
+    return {name: several[0] for name, several in found.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# export
+def _misfits(config: DecoderConfig, found: Mapping[str, list[Tensor]]) -> list[str]:
+    """Missing, unknown, duplicate, misshapen and non-float tensors."""
+    sizes = hf_names.sizes(config)
+    expected = {
+        name: row.shape_there(sizes)
+        for row in hf_names.TABLES[config.family]
+        for name in row.names(sizes)
+    }
+    optional = {hf_names.HEAD} if config.tie_embeddings else set()
+    unknown = [several[0].name for name, several in sorted(found.items()) if name not in expected]
+    missing = [name for name in expected if name not in found and name not in optional]
+    problems = [f"missing {name}" for name in hf_names.brief(missing)]
+    problems += [f"unknown {name}" for name in hf_names.brief(unknown)]
+    for name, several in sorted(found.items()):
+        if len(several) > 1:
+            problems.append(f"duplicate {name} in {', '.join(t.file.name for t in several)}")
+    alike: dict[str, list[str]] = {}
+    for name, several in sorted(found.items()):
+        for tensor in several if name in expected else ():
+            if tensor.shape != expected[name]:
+                alike.setdefault(f"shape {tensor.shape}, not {expected[name]}", []).append(name)
+            if tensor.kind not in FLOATS:
+                floats = f"dtype {tensor.kind}, not one of {', '.join(FLOATS)}"
+                alike.setdefault(floats, []).append(name)
+    for problem, names in alike.items():
+        problems += [f"{name} has {problem}" for name in hf_names.brief(names)]
+    return problems
+
+
+def _mixed(config: DecoderConfig, found: Mapping[str, list[Tensor]]) -> list[str]:
+    """Leaves whose layers are stored in several dtypes, where each is to keep its own."""
+    sizes = hf_names.sizes(config)
+    kinds = {
+        row.name: sorted({found[name][0].kind for name in row.names(sizes)})
+        for row in hf_names.rows(config)
+    }
+    return [f"{name} is in {' and '.join(k)}" for name, k in kinds.items() if len(k) > 1]
+
+
+def _second_heads(config: DecoderConfig, found: Mapping[str, list[Tensor]]) -> list[str]:
+    """A head beside a tied embedding is the same tensor written twice, or a wrong config."""
+    if not config.tie_embeddings or hf_names.HEAD not in found:
+        return []
+    head, table = (found[name][0] for name in (hf_names.HEAD, hf_names.EMBEDDING))
+    if head.kind == table.kind and np.array_equal(head.data, table.data):
+        return []
+    return [
+        f"tie_word_embeddings is true, yet {hf_names.HEAD} differs from {hf_names.EMBEDDING} "
+        "(set it to false to keep both)"
+    ]
+
+
+_Read = Callable[[tuple[slice, ...]], np.ndarray]  # a block of a leaf, by its index
+
+
+def _reader(
+    row: Row,
+    sizes: Mapping[str, int],
+    tensors: Sequence[Tensor],
+    dtype: Any,
+    pool: concurrent.futures.Executor,
+) -> _Read:
+    shape, num_stacked = row.shape_here(sizes), len(row.stack)
+    dtype = tensors[0].array.dtype if dtype is None else np.dtype(dtype)
+    views = dict(zip(row.places(sizes), tensors, strict=True))
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        block = _aligned([len(r) for r in ranges], dtype)
+        pieces = []
+        for there, tensor in views.items():
+            if any(i not in r for i, r in zip(there, ranges)):
+                continue
+            here = tuple(r.index(i) for i, r in zip(there, ranges))
+            source = row.to_here(tensor.array, sizes)[index[num_stacked:]]
+            pieces += _pieces(row.as_matrix(block[here]), row.as_matrix(source))
+        for _ in pool.map(lambda piece: _copy(*piece), pieces):
+            pass
+        return block
+
+    return read
+
+
+def _placed(shape: tuple[int, ...], sharding: Any, read: _Read) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
+    blocks: dict[tuple, np.ndarray] = {}  # replicas are read once
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in blocks:
+            blocks[key] = read(index)
+        return blocks[key]
+
+    return jax.make_array_from_callback(shape, sharding, block)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array at a multiple of 64 bytes, which JAX on CPU takes over without a copy."""
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    room = np.empty(num_bytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _pieces(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """(target, source, axis that lies apart in the file) of parts for one reader each."""
+    axis = int(abs(source.strides[1]) > abs(source.strides[0]))
+    size = source.shape[axis]
+    step = max(_STRIP, _PIECE_BYTES * size // max(source.nbytes, 1))
+    for start in range(0, size, step):
+        part = (slice(None),) * axis + (slice(start, start + step),)
+        yield target[part], source[part], axis
+
+
+def _copy(target: np.ndarray, source: np.ndarray, axis: int) -> None:
+    """target[...] = source, both matrices, in an order that is kind to the caches."""
+    if target.dtype == source.dtype:
+        # As integers: numpy holds the interpreter's lock while it copies ml_dtypes.
+        integers = {2: np.uint16, 4: np.uint32}[target.itemsize]
+        target, source = target.view(integers), source.view(integers)
+    step = source.shape[0] if axis == 0 else _STRIP
+    for start in range(0, source.shape[axis], max(step, 1)):
+        part = (slice(None),) * axis + (slice(start, start + step),)
+        target[part] = source[part].astype(target.dtype, copy=False)
+
+
+# --- export ---------------------------------------------------------------------------------------
 
 
 def export_hf(
@@ -337,46 +248,75 @@ def export_hf(
     config: DecoderConfig,
     params: Params,
     *,
-    eos_id: int | None,
-    pad_id: int | None,
+    generation: Mapping[str, Any],
     save_tokenizer: Callable[[pathlib.Path], None] | None = None,
-    generation: Mapping[str, Any] | None = None,
-    dtype: Any = np.float32,
+    dtype: Any = None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> None:
     """Writes a directory that AutoModelForCausalLM and AutoTokenizer load; replaces an older one.
 
     Args:
+      generation: the content of generation_config.json: eos_token_id (or a list), pad_token_id,
+        bos_token_id, temperature, top_p, ...; config.json has the ids too.
       save_tokenizer: called with the directory being written; None: no tokenizer files.
-      generation: sampling defaults for generation_config.json (temperature, top_p, ...).
-      dtype: of the written weights, float32 or bfloat16.
+      dtype: of the written weights; None: as each is.
 
     A value head is left out: their causal models have none. Everything is written beside and moved
-    into place whole. Raises ValueError when `directory`
-    holds something else than a Hugging Face model.
+    into place whole; whatever goes wrong leaves no half of it. Raises ValueError when `directory`
+    holds something else than a Hugging Face model, when the shape has no config.json, or when the
+    disk is full.
     """
     directory = pathlib.Path(directory).absolute()
     _refuse_to_replace(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_weights(partial, config, params, np.dtype(dtype))
-    hf_config = config_to_hf(config, eos_id=eos_id, pad_id=pad_id, dtype=np.dtype(dtype).name)
-    _write_json(partial / "config.json", hf_config)
-    ids = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    _write_json(partial / "generation_config.json", {**ids, **(generation or {})})
-    if save_tokenizer is not None:
-        save_tokenizer(partial)
-    _move_into_place(partial, directory)
+    entries = _entries(config, params, dtype)
+    generation = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **generation}
+    hf_config = config_to_hf(
+        config,
+        eos_id=generation["eos_token_id"],
+        pad_id=generation["pad_token_id"],
+        bos_id=generation["bos_token_id"],
+        dtype=entries[0].dtype.name,
+    )
+    shards, arrays = plan_shards(entries), _arrays(config, params, entries, on_progress)
+    with _moved_into_place_whole(directory, sum(entry.num_bytes for entry in entries)) as partial:
+        write_shards(partial, shards, arrays)
+        write_json(partial / "config.json", hf_config)
+        write_json(partial / GENERATION, generation)
+        if save_tokenizer is not None:
+            save_tokenizer(partial)
 
 
 def _refuse_to_replace(directory: pathlib.Path) -> None:
     """A mistyped output path must not cost a folder of the user's."""
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    if names and not ("config.json" in names and names & {_SINGLE, _INDEX}):
+    if names and not ("config.json" in names and names & {SINGLE, INDEX}):
         raise ValueError(f"{directory} is not empty and holds no Hugging Face model to replace")
 
 
-def _move_into_place(partial: pathlib.Path, directory: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _moved_into_place_whole(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """A folder to write, beside `directory`; renamed to it once the block ends well, else removed.
+
+    Raises ValueError naming the path and the bytes needed where the disk has no room for them.
+    """
+    full = f"{directory}: the disk has no room for the {num_bytes:,} bytes of weights"
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if shutil.disk_usage(partial).free < num_bytes:
+            raise ValueError(full)
+        yield partial
+        _rename(partial, directory)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(full) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename(partial: pathlib.Path, directory: pathlib.Path) -> None:
     """A full directory cannot be renamed over, so the older one steps aside for an instant."""
     aside = directory.with_name(f".{directory.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
@@ -386,59 +326,44 @@ def _move_into_place(partial: pathlib.Path, directory: pathlib.Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _tensors(
-    config: DecoderConfig, params: Params, dtype: np.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors in the table's order; one leaf of ours is on the host at a time."""
-    sizes, rows = _sizes(config), _rows(config)
-    params = {name: part for name, part in params.items() if name != "value_head"}
+def _entries(config: DecoderConfig, params: Params, dtype: Any) -> list[Entry]:
+    """Their tensors in the table's order."""
+    sizes, rows = hf_names.sizes(config), hf_names.rows(config)
     got = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        for path, leaf in jax.tree_util.tree_flatten_with_path(_without_head(params))[0]
     }
     expected = {row.path: row.shape_here(sizes) for row in rows}
     assert got == expected, f"parameters {got} are not those of {config}: {expected}"
-    for row in rows:
-        leaf = np.asarray(_get(params, row.path))
-        names = row.names(config.num_layers)
-        for name, layer in zip(names, leaf if row.stacked else (leaf,), strict=True):
-            # safetensors writes the buffer as it lies in memory: strides must be the plain ones
-            yield name, np.ascontiguousarray(row.to_there(layer, sizes), dtype)
+    return [
+        Entry(name, row.shape_there(sizes), np.dtype(dtype or hf_names.get(params, row.path).dtype))
+        for row in rows
+        for name in row.names(sizes)
+    ]
 
 
-def _shards(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """Tensors in order, grouped up to MAX_SHARD_BYTES; a larger one is alone in its group."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+def _without_head(params: Params) -> Params:
+    return {name: part for name, part in params.items() if name != "value_head"}
 
 
-def _write_weights(
-    directory: pathlib.Path, config: DecoderConfig, params: Params, dtype: np.dtype
-) -> None:
-    written: list[list[str]] = []  # the names in each file
-    for shard in _shards(_tensors(config, params, dtype)):
-        # The final file name holds the number of shards, known only at the end.
-        path = directory / f"shard-{len(written)}"
-        safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
-        written.append(list(shard))
-    if len(written) == 1:
-        (directory / "shard-0").rename(directory / _SINGLE)
-        return
-    weight_map = {}
-    for i, names in enumerate(written):
-        file = f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
-        (directory / f"shard-{i}").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    total = dtype.itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
-    _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _arrays(
+    config: DecoderConfig, params: Params, entries: Sequence[Entry], on_progress: OnProgress
+) -> Iterator[np.ndarray]:
+    """Their tensors, in the entries' order; one leaf of ours is on the host at a time."""
+    sizes, waiting = hf_names.sizes(config), iter(entries)
+    total, done = sum(entry.num_bytes for entry in entries), 0
+    for row in hf_names.rows(config):
+        leaf = np.asarray(hf_names.get(params, row.path))
+        for place in row.places(sizes):
+            entry = next(waiting)
+            there = row.to_there(leaf[place])
+            array = np.empty(there.shape, entry.dtype)
+            for piece in _pieces(_matrix(array), _matrix(there)):
+                _copy(*piece)
+            yield array
+            done += entry.num_bytes
+            on_progress(entry.name, done, total)
 
 
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _matrix(array: np.ndarray) -> np.ndarray:
+    return array if array.ndim == 2 else array[None]

@@ -7,12 +7,13 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxreason.checkpoint import hf
+from jaxreason.checkpoint import hf, hub
 from jaxreason.data import sources
 from jaxreason.data.pipeline import DataConfig
 from jaxreason.model.config import DecoderConfig, preset
@@ -39,7 +40,8 @@ def stage_key(seed: int, name: str) -> jax.Array:
 def architecture(config: ConfigDict, start: Checkpoint) -> DecoderConfig:
     """The decoder's shape: the checkpoint's own where training starts from one, else config.model.
 
-    Raises ValueError for an unknown preset, and for a model key set against a checkpoint.
+    model.vocab_size may give a checkpoint more rows (Checkpoint.load). Raises ValueError for an
+    unknown preset, and for any other model key set against a checkpoint.
     """
     given = lambda section: {key: value for key, value in section.items() if value is not None}
     fields = config.model.to_dict()
@@ -47,12 +49,19 @@ def architecture(config: ConfigDict, start: Checkpoint) -> DecoderConfig:
     changes = given(fields) | ({"rope_scaling": scaling} if scaling else {})
     if not start.has_architecture:
         return preset(name, **changes)
+    own = start.architecture()
+    rows = changes.pop("vocab_size", own.vocab_size)
+    if rows < own.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {rows}, fewer than the {own.vocab_size} rows of init.from = "
+            f"{start.text!r}; a table can only grow"
+        )
     if changes:
         key, value = next(iter(changes.items()))
         raise ValueError(
             f"model.{key} is {value!r}, but the model's shape comes from init.from = {start.text!r}"
         )
-    return start.architecture()
+    return dataclasses.replace(own, vocab_size=rows)
 
 
 def execution(mesh: ConfigDict) -> Execution:
@@ -117,7 +126,9 @@ def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokeni
 
 
 def _one_path(path: str, key: str) -> pathlib.Path:
-    """A folder given by the user: as written, or under the data root."""
+    """A folder given by the user: as written, under the data root, or from a hub."""
+    if hub.is_address(path):
+        return hub.resolve(path, weights=False)
     for base in (pathlib.Path(), sources.data_root()):
         if path and (base / path).is_dir():
             return base / path
@@ -171,8 +182,7 @@ def template_name(config: ConfigDict) -> str:
     """`chat.template`; `checkpoint` becomes what init.from was trained with: a name or a folder."""
     if config.chat.template != "checkpoint":
         return os.path.expanduser(config.chat.template)
-    first = config if "init" in config else next(iter(config.stages.values()))
-    return checkpoints.parse(first.init["from"]).chat_template()
+    return _first_start(config).chat_template()
 
 
 def data_config(config: ConfigDict, stage: ConfigDict) -> DataConfig:
@@ -202,15 +212,25 @@ def export(
         directory,
         model.config,
         params,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        generation=_generation(tokenizer),
+        generation=generation(config, tokenizer),
         save_tokenizer=lambda path: tokenizer.save(path, chat_template=template.jinja),
         dtype=jax.numpy.dtype(config.run.export_dtype),
     )
 
 
-def _generation(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """generation_config.json names every id that ends a generation here, the turn's end first."""
-    ends = [tokenizer.eos_id, *tokenizer.stop_ids]
-    return {"eos_token_id": ends} if tokenizer.stop_ids else {}
+def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """generation_config.json: every id that ends a generation here, the turn's end first.
+
+    The rest is as init.from had it: sampling, and the id that begins a text where the tokenizer is
+    its own too.
+    """
+    said = _first_start(config).generation()
+    if config.tokenizer.kind != "checkpoint":
+        said.pop("bos_token_id", None)
+    ends = [tokenizer.eos_id, *tokenizer.stop_ids] if tokenizer.stop_ids else tokenizer.eos_id
+    return {**said, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+
+
+def _first_start(config: ConfigDict) -> Checkpoint:
+    first = config if "init" in config else next(iter(config.stages.values()))
+    return checkpoints.parse(first.init["from"])

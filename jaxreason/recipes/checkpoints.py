@@ -1,13 +1,20 @@
 """`init.from`: the ways to name the parameters that a stage starts from or an evaluation scores."""
 
 import dataclasses
-import json
 import pathlib
+from typing import Any
 
-from jaxreason.checkpoint import hf
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxreason.checkpoint import hf, hf_names, hub
+from jaxreason.checkpoint.hf_config import config_from_hf, generation_settings
+from jaxreason.checkpoint.safetensors_files import read_json
 from jaxreason.checkpoint.store import restore_params
+from jaxreason.checkpoint.vocabulary import resize_vocab
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.report.summary import read_metrics
 from jaxreason.text.chat import TEMPLATES
 from jaxreason.text.tokenizer import Tokenizer, load_tokenizer
 from jaxreason.types import Params
@@ -15,7 +22,7 @@ from jaxreason.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """random | @STAGE of this run | WORKDIR@STAGE[@STEP] | a Hugging Face directory."""
+    """random | @STAGE of this run | WORKDIR[@STAGE[@STEP]] | a Hugging Face directory | hf://..."""
 
     text: str
     kind: str  # random | run | hf
@@ -30,13 +37,22 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
+        if hub.is_address(self.text):  # its directory is named by a hash
+            return self.text.split("@")[0].rsplit("/", 1)[1]
         return self.stage or (self.directory.name if self.directory else self.kind)
 
     def architecture(self) -> DecoderConfig:
         if self.kind == "hf":
-            return hf.config_from_hf(json.loads((self.directory / "config.json").read_text()))
-        config = self._run_config()
-        return DecoderConfig(**config["architecture"])
+            return config_from_hf(read_json(self.directory / "config.json"))
+        return DecoderConfig(**self._run_config()["architecture"])
+
+    def generation(self) -> dict[str, Any]:
+        """What its generation_config.json says, ids and sampling; {} where it has none."""
+        if self.directory is None:
+            return {}
+        if self.kind == "hf":
+            return generation_settings(self.directory)
+        return self._run_config().get("generation", {})
 
     def chat_template(self) -> str:
         """The template it was trained with, as chat.template_for takes it: a name or a folder.
@@ -53,43 +69,77 @@ class Checkpoint:
         return name if name in TEMPLATES else str(self.directory / "tokenizer")
 
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError when there is none: random parameters were never given one."""
+        """Raises ValueError when there is none: random parameters were never given one.
+
+        And when it is not the one that a Hugging Face config.json was written with.
+        """
         if self.directory is None:
             raise ValueError(
                 f"tokenizer.kind is 'checkpoint', but init.from is {self.text!r}, which has none"
             )
-        folder = self.directory if self.kind == "hf" else self.directory / "tokenizer"
-        return load_tokenizer(folder)
+        if self.kind == "run":
+            return load_tokenizer(self.directory / "tokenizer")
+        loaded = load_tokenizer(self.directory)
+        _check_tokenizer(self.directory, self.architecture(), self.generation(), loaded)
+        return loaded
 
     def load(self, model: LanguageModel, checkpoints) -> Params | None:
         """The parameters, placed where the model wants them; None: random ones.
 
-        A value head comes along where the model has one too.
+        A value head comes along where the model has one too. Tokens that it was not trained with,
+        which this run's tokenizer or a larger model.vocab_size brings, get mean rows.
 
         Args:
           checkpoints: this run's stage name -> folder of its checkpoints.
+        Raises ValueError when the model has another shape.
         """
         if self.kind == "random":
             return None
+        if self.directory is None:
+            return restore_params(
+                checkpoints(self.stage), model.abstract(), self.step, optional=("value_head",)
+            )
+        own = self.architecture()
+        abstract = _abstract(model, own.vocab_size)
         if self.kind == "hf":
-            shardings = model.shardings() if model.mesh is not None else None
-            return hf.import_hf(self.directory, shardings=shardings)[1]
-        folder = checkpoints(self.stage)
-        if self.directory is not None:
+            _check_shapes(self.text, own, abstract)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            _, params = hf.import_hf(self.directory, shardings=shardings if model.mesh else None)
+        else:
             folder = self.directory / "checkpoints" / self.stage
-        return restore_params(folder, model.abstract(), self.step, optional=("value_head",))
+            params = restore_params(folder, abstract, self.step, optional=("value_head",))
+        return self._with_new_tokens(model, own, params)
+
+    def _with_new_tokens(self, model: LanguageModel, own: DecoderConfig, params: Params) -> Params:
+        rows = model.config.vocab_size
+        tokens, known = model.valid_vocab or rows, self._num_tokens(own)
+        if rows == own.vocab_size and tokens <= known:
+            return params
+        _, params = resize_vocab(params, own, rows, known)
+        if model.mesh is None:
+            return params
+        return jax.device_put(params, {name: model.shardings()[name] for name in params})
+
+    def _num_tokens(self, own: DecoderConfig) -> int:
+        """Rows of the table that training moved; all of them where no tokenizer lies beside."""
+        folder = self.directory if self.kind == "hf" else self.directory / "tokenizer"
+        if not (folder / "tokenizer_config.json").is_file():
+            return own.vocab_size
+        return min(load_tokenizer(folder).vocab_size, own.vocab_size)
 
     def _run_config(self) -> dict:
-        content = json.loads((self.directory / "config.json").read_text())
+        content = read_json(self.directory / "config.json")
         if "architecture" not in content:
             raise ValueError(f"init.from is {self.text!r}; that run never built its model")
         return content
 
 
 def parse(text: str) -> Checkpoint:
-    """Reads `init.from`. Raises ValueError in one line when nothing is there."""
+    """Reads `init.from`; fetches hf://. Raises ValueError in one line when nothing is there."""
     if text == "random":
         return Checkpoint(text, "random")
+    if hub.is_address(text):
+        return Checkpoint(text, "hf", hub.resolve(text))
     folder, _, rest = text.partition("@")
     stage, _, step = rest.partition("@")
     if step and not step.isdigit():
@@ -106,15 +156,80 @@ def parse(text: str) -> Checkpoint:
     if not config.is_file():
         raise ValueError(
             f"init.from is {text!r}; {directory} holds no config.json (give random, @STAGE, "
-            "WORKDIR@STAGE[@STEP] or a Hugging Face directory)"
+            "WORKDIR[@STAGE[@STEP]], a Hugging Face directory or hf://ORG/NAME[@REV])"
         )
-    if "model_type" in json.loads(config.read_text()):
+    if "model_type" in read_json(config):
         if rest:
             raise ValueError(f"init.from is {text!r}; a Hugging Face directory has no stages")
         return Checkpoint(text, "hf", directory)
-    stages = sorted(p.name for p in (directory / "checkpoints").glob("*"))
+    stages = _stages(directory)
+    if not stage and stages:
+        stage = stages[-1]
     if stage not in stages:
         raise ValueError(
             f"init.from is {text!r}; the stages of {directory}: {', '.join(stages) or 'none'}"
         )
     return Checkpoint(text, "run", directory, stage, number)
+
+
+def _stages(directory: pathlib.Path) -> list[str]:
+    """The stages of a run that have a checkpoint, the one that trained last at the end."""
+    steps = (directory / "checkpoints").glob("*/*")
+    saved = sorted({step.parent.name for step in steps if step.name.isdigit()})
+    trained = [record["stage"] for record in read_metrics(directory)]
+    last = {stage: number for number, stage in enumerate(trained)}
+    return sorted(saved, key=lambda stage: last.get(stage, -1))
+
+
+def _abstract(model: LanguageModel, vocab_size: int) -> Params:
+    """What to restore into: the model's, with tables of that many rows."""
+    abstract = model.abstract()
+    if vocab_size == model.config.vocab_size:
+        return abstract
+    # The rows that are there may not divide as the model's do: whole on every device until grown.
+    whole = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec())
+    tables = {
+        name: jax.ShapeDtypeStruct(
+            (vocab_size, *leaf.shape[1:]), leaf.dtype, sharding=whole or leaf.sharding
+        )
+        for name, leaf in abstract.items()
+        if name in ("embedding", "lm_head")
+    }
+    return {**abstract, **tables}
+
+
+def _check_shapes(text: str, own: DecoderConfig, abstract: Params) -> None:
+    """Raises ValueError naming a weight that the model, the first stage's, has otherwise."""
+    there, here = _shapes(hf_names.shapes(own)), _shapes(abstract)
+    for path, shape in there.items():
+        if here.get(path) != shape:
+            raise ValueError(
+                f"init.from is {text!r}, where {path} is {shape}; in this run's model it is "
+                f"{here.get(path, 'absent')}"
+            )
+
+
+def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in flat}
+
+
+def _check_tokenizer(
+    directory: pathlib.Path, own: DecoderConfig, ids: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Raises ValueError where the weights cannot have been trained with this tokenizer."""
+    if tokenizer.vocab_size > own.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries, the embedding table "
+            f"{own.vocab_size} rows; it is another model's"
+        )
+    ends = {*tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id}
+    for key in ("eos_token_id", "pad_token_id"):
+        given = ids.get(key)
+        several = given if isinstance(given, list) else [] if given is None else [given]
+        for number in several:
+            if number not in ends:
+                raise ValueError(
+                    f"{directory}: {key} is {number}, which is no special token of the tokenizer "
+                    f"beside it (those are {sorted(ends)[:8]}...); it is another model's"
+                )

@@ -26,7 +26,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     model = assemble.language_model(config, shape, tokenizer)
     prepare_data(config, workdir, progress)
     evaluate = evaluation.build(config, workdir, tokenizer, model)
-    describe(config, workdir, model, shape.max_length)
+    describe(config, workdir, model, tokenizer, shape.max_length)
 
     def load():
         params = start.load(model, workdir.checkpoints)

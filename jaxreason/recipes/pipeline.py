@@ -22,6 +22,7 @@ from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.html import write_report
 from jaxreason.report.summary import read_lines, write_summary
+from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train.metrics import MetricsWriter, Progress
 from jaxreason.types import Params
 
@@ -73,7 +74,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         with _naming(config, stage.name):
             _TRAINING[stage.section.kind].check_data(config, stage, tokenizer, workdir)
     evaluate = evaluation.build(config, workdir, tokenizer, model)
-    describe(config, workdir, model, trained[0].length)
+    describe(config, workdir, model, tokenizer, trained[0].length)
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")
 
     # --- training ---------------------------------------------------------------------------------
@@ -161,12 +162,15 @@ def prepare_data(config: ConfigDict, workdir: Workdir, progress: Progress) -> No
         prepare_arithmetic(ArithmeticConfig(**config.arithmetic.to_dict()), target)
 
 
-def describe(config: ConfigDict, workdir: Workdir, model: LanguageModel, length: int) -> None:
+def describe(
+    config: ConfigDict, workdir: Workdir, model: LanguageModel, tokenizer: Tokenizer, length: int
+) -> None:
     """config.json: what is known once the model stands."""
     mesh = dict(model.mesh.shape) if model.mesh is not None else dict.fromkeys(AXES, 1)
     workdir.describe(
         architecture=dataclasses.asdict(model.config),
         chat_template=assemble.template_name(config),
+        generation=assemble.generation(config, tokenizer),
         parameters=model.num_params,
         flops_per_token=fit.flops_per_token(model, length),
         mesh=mesh,

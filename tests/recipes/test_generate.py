@@ -30,8 +30,8 @@ def checkpoint(tmp_path_factory):
     model = LanguageModel(shape, Execution(), None, valid_vocab=261)
     save = lambda path: BYTES.save(path, chat_template=QWEN3.jinja)
     params = model.init(jax.random.key(0))
-    hf.export_hf(folder, shape, params, eos_id=BYTES.eos_id, pad_id=BYTES.pad_id,
-                 save_tokenizer=save)  # fmt: skip
+    ends = {"eos_token_id": BYTES.eos_id, "pad_token_id": BYTES.pad_id}
+    hf.export_hf(folder, shape, params, generation=ends, save_tokenizer=save)
     return folder
 
 
