@@ -5,11 +5,8 @@ The names of the tensors are in hf_names.py, config.json in hf_config.py.
 
 import collections
 import concurrent.futures
-import contextlib
-import errno
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +29,7 @@ from jaxreason.checkpoint.safetensors_files import (
     write_json,
     write_shards,
 )
+from jaxreason.checkpoint.whole_folder import written_whole
 from jaxreason.model.config import DecoderConfig
 from jaxreason.types import Params
 
@@ -278,7 +276,7 @@ def export_hf(
         dtype=entries[0].dtype.name,
     )
     shards, arrays = plan_shards(entries), _arrays(config, params, entries, on_progress)
-    with _moved_into_place_whole(directory, sum(entry.num_bytes for entry in entries)) as partial:
+    with written_whole(directory, sum(entry.num_bytes for entry in entries)) as partial:
         write_shards(partial, shards, arrays)
         write_json(partial / "config.json", hf_config)
         write_json(partial / GENERATION, generation)
@@ -291,39 +289,6 @@ def _refuse_to_replace(directory: pathlib.Path) -> None:
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if names and not ("config.json" in names and names & {SINGLE, INDEX}):
         raise ValueError(f"{directory} is not empty and holds no Hugging Face model to replace")
-
-
-@contextlib.contextmanager
-def _moved_into_place_whole(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-    """A folder to write, beside `directory`; renamed to it once the block ends well, else removed.
-
-    Raises ValueError naming the path and the bytes needed where the disk has no room for them.
-    """
-    full = f"{directory}: the disk has no room for the {num_bytes:,} bytes of weights"
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        if shutil.disk_usage(partial).free < num_bytes:
-            raise ValueError(full)
-        yield partial
-        _rename(partial, directory)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(full) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _rename(partial: pathlib.Path, directory: pathlib.Path) -> None:
-    """A full directory cannot be renamed over, so the older one steps aside for an instant."""
-    aside = directory.with_name(f".{directory.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    if directory.exists():
-        directory.rename(aside)
-    partial.rename(directory)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _entries(config: DecoderConfig, params: Params, dtype: Any) -> list[Entry]:
@@ -360,9 +325,9 @@ def _arrays(
             array = np.empty(there.shape, entry.dtype)
             for piece in _pieces(_matrix(array), _matrix(there)):
                 _copy(*piece)
-            yield array
             done += entry.num_bytes
             on_progress(entry.name, done, total)
+            yield array
 
 
 def _matrix(array: np.ndarray) -> np.ndarray:

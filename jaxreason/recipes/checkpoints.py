@@ -54,6 +54,10 @@ class Checkpoint:
             return generation_settings(self.directory)
         return self._run_config().get("generation", {})
 
+    def dtypes(self) -> dict[str, str]:
+        """{path: dtype} of the leaves that an import left in theirs; a run's are float32."""
+        return self._run_config().get("dtypes", {})
+
     def chat_template(self) -> str:
         """The template it was trained with, as chat.template_for takes it: a name or a folder.
 
