@@ -131,7 +131,9 @@ class ChatTemplate:
             if message.role == "assistant":
                 before, so_far = messages[:i], messages[: i + 1]
                 start = self._length(text, self.render_prompt(before), before)
-                turns.append((start, self._length(text, self.render(so_far).text, so_far)))
+                is_last = len(so_far) == len(messages)
+                known = text if is_last else self.render(so_far).text
+                turns.append((start, self._length(text, known, so_far)))
         return turns
 
     def _other_turns(
