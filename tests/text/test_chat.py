@@ -32,6 +32,13 @@ CONVERSATIONS = {
         Message("assistant", "Found: first and 2."),
         Message("user", "Thanks"),
     ],
+    # Encoded whole, the plain template's "What is four" would be other ids than its two parts.
+    "words across a cut": [
+        Message("user", "What is fo"),
+        Message("assistant", "urteen"),
+        Message("user", "And twen"),
+        Message("assistant", "ty\n", "\n\n two tens"),
+    ],
     "think block inside the content": [
         Message("user", "2 * 3?"),
         Message("assistant", "<think>\ntwo threes\n</think>\n\n6"),
