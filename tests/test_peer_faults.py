@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hf_models import CASES, make
+from safetensors.numpy import load_file, save_file
 from tiny_models import assert_trees_equal, mean_loss, packed_batch, tiny_model, tiny_params
 
 from jaxreason import launch
+from jaxreason.checkpoint import hf
+from jaxreason.checkpoint.compare import compare
+from jaxreason.checkpoint.hf_config import config_from_hf, generation_settings
 from jaxreason.checkpoint.store import Store
 from jaxreason.data import pipeline
 from jaxreason.data.prompts import PromptConfig, PromptSource, PromptStream
@@ -287,6 +292,27 @@ def test_fault_12_the_data_iterator_is_in_every_checkpoint(tmp_path, packing):
     resumed.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_fault_13_every_tensor_is_the_same_after_the_round_trip(tmp_path, dtype):
+    """transformers -> here -> Hugging Face, bit for bit, and transformers finds every key."""
+    torch = pytest.importorskip("torch", reason="transformers makes the checkpoints")
+    transformers = pytest.importorskip("transformers")
+    for case in CASES:
+        there, back = tmp_path / case.name, tmp_path / f"{case.name}-back"
+        make(case).to(getattr(torch, dtype)).save_pretrained(there)
+        config, params = hf.import_hf(there, dtype=None)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+        hf.export_hf(back, config, params, generation=generation_settings(there))
+        compared = compare(there, back)
+        assert compared.equal and compared.num_tensors > 20, (case.name, compared)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            back, output_loading_info=True
+        )
+        assert not any(info.values()), (case.name, info)
+        assert config_from_hf(model.config.to_dict()) == config
+        assert generation_settings(there) == generation_settings(back) != {}
+
+
 def test_fault_14_an_unparsable_gold_answer_is_refused():
     reward = mix.build({"right": mix.RewardConfig("math")}, chat.split_reasoning)
     prompt = lambda answer: Prompt(id="s/7", text="?", answer=answer, source="s")
@@ -325,6 +351,38 @@ def test_fault_17_training_tokens_are_prefix_plus_generated(name):
     # Earlier reasoning is not dropped: both chains are in what is learnt.
     learnt = TOKENIZER.decode(ids_T[weights_T > 0].tolist())
     assert "two and two" in learnt and "three and three" in learnt
+
+
+def test_fault_18_every_wrong_tensor_is_in_one_error(tmp_path):
+    """Unknown, missing, duplicate, misshapen, of a wrong dtype: one line lists them all."""
+    model = tiny_model(tie_embeddings=False)
+    folder = tmp_path / "hf"
+    params = jax.jit(model.init)(jax.random.key(0))
+    hf.export_hf(folder, model.config, params, generation={})
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["lm_head.weight"]
+    tensors["model.norm.weight"] = np.ones(31, np.float32)
+    tensors["model.layers.1.self_attn.k_norm.weight"] = np.ones(8, np.int8)
+    (folder / "model.safetensors").unlink()
+    again = {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"]}
+    save_file(tensors, folder / "a.safetensors")
+    save_file(again, folder / "b.safetensors")
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(again, "b.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(ValueError) as error:
+        hf.import_hf(folder)
+    for part in (
+        "missing model.layers.1.mlp.up_proj.weight",
+        "missing lm_head.weight",
+        "unknown model.layers.0.self_attn.q_proj.bias",
+        "duplicate model.embed_tokens.weight in a.safetensors, b.safetensors",
+        "model.norm.weight has shape (31,), not (32,)",
+        "model.layers.1.self_attn.k_norm.weight has dtype I8, not one of F32, BF16, F16",
+    ):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_fault_19_accelerators_are_extras():

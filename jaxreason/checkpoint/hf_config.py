@@ -392,7 +392,8 @@ def generation_settings(directory: pathlib.Path) -> dict[str, Any]:
     """
     said: dict[str, Any] = {}
     if (directory / "config.json").is_file():
-        config = _of_text(read_json(directory / "config.json"))
+        whole = read_json(directory / "config.json")
+        config = {**_of_text(whole), **whole}
         said = {key: config[key] for key in _IDS if key in config}
     if (directory / GENERATION).is_file():
         said |= read_json(directory / GENERATION)

@@ -46,7 +46,9 @@ def report(began, total, num_bytes=0, largest=0):
     print(json.dumps([seconds, total, num_bytes, largest]), flush=True)
     sys.stdin.readline()
 """
-HERE = CHECKSUM + """
+HERE = (
+    CHECKSUM
+    + """
 import jax
 from jaxreason.checkpoint import hf
 jax.device_put(np.zeros(1)).block_until_ready()
@@ -56,7 +58,10 @@ leaves = jax.tree.leaves(params)
 sizes = sorted(leaf.nbytes for leaf in leaves)
 report(began, checksum(np.asarray(leaf) for leaf in leaves), sum(sizes), sum(sizes[-2:]))
 """
-THERE = CHECKSUM + """
+)
+THERE = (
+    CHECKSUM
+    + """
 import torch, transformers
 from transformers import Qwen3ForCausalLM  # the modules that from_pretrained imports
 began = ready()
@@ -66,6 +71,7 @@ if len(sys.argv) > 2:
         p.data = p.data.clone()
 report(began, checksum(p.detach().view(torch.int16).numpy() for p in model.parameters()))
 """
+)
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -116,8 +122,8 @@ def test_two_billion_parameters_stream(tmp_path):
     mib = lambda number: f"{number / 2**20:,.0f} MiB"
     for here, mapped, copied in runs:
         print(
-            f"\nhere {here['seconds']:.2f} s; from_pretrained {mapped['seconds']:.2f} s, which maps "
-            f"the files, {copied['seconds']:.2f} s with the weights in memory of its own\n"
+            f"\nhere {here['seconds']:.2f} s; from_pretrained {mapped['seconds']:.2f} s, which maps"
+            f" the files, {copied['seconds']:.2f} s with the weights in memory of its own\n"
             f"RssAnon: base {mib(here['base'])}, peak {mib(here['peak'])}, the result "
             f"{mib(here['bytes'])}, the two largest arrays {mib(here['largest'])}"
         )
