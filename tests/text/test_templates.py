@@ -3,7 +3,7 @@
 import datetime
 import json
 
-import families
+import family_folders as families
 import jinja2
 import numpy as np
 import pytest

@@ -6,7 +6,7 @@ All comparisons are with AutoTokenizer on the same folder, without the tokens it
 import gzip
 import json
 
-import families
+import family_folders as families
 import pytest
 
 from jaxreason.text import chat
