@@ -12,7 +12,7 @@ from jaxreason.recipes import assemble, defaults
 @pytest.fixture
 def earlier(tmp_path) -> pathlib.Path:
     """What an earlier run, itself begun from a checkpoint, leaves of its template."""
-    (tmp_path / "checkpoints/sft").mkdir(parents=True)
+    (tmp_path / "checkpoints/sft/1").mkdir(parents=True)
     content = {"config": {"chat": {"template": "checkpoint"}}, "chat_template": "plain"}
     (tmp_path / "config.json").write_text(json.dumps({"architecture": {}, **content}))
     return tmp_path

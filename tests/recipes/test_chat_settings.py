@@ -37,7 +37,7 @@ def published(tmp_path):
 def config_of(folder, **changes):
     c = defaults.default_config("x", "fit")
     c.init = {"from": str(folder)}
-    c.tokenizer.kind = "checkpoint"
+    c.tokenizer.update(kind="hf", path=str(folder))  # there are no weights to check it by
     c.chat.template = "checkpoint"
     for key, value in changes.items():
         c.chat[key] = value
@@ -58,7 +58,7 @@ def test_a_checkpoints_own_template_is_used_and_written_back(published, tmp_path
     again = assemble.tokenizer(config, workdir, start)  # on resume
     assert (again.eos_id, again.stop_ids) == (258, (256, 257))
     assert (workdir.tokenizer / "chat_template.jinja").read_text() == OWN
-    assert assemble._generation(tokenizer) == {"eos_token_id": [258, 256, 257]}
+    assert assemble.generation(config, tokenizer)["eos_token_id"] == [258, 256, 257]
 
 
 def test_a_later_run_finds_the_template_in_the_earlier_ones_folder(published, tmp_path):
@@ -66,7 +66,7 @@ def test_a_later_run_finds_the_template_in_the_earlier_ones_folder(published, tm
     workdir = Workdir(earlier)
     workdir.open(config)
     assemble.tokenizer(config, workdir, checkpoints.parse(str(published)))
-    (earlier / "checkpoints" / "sft").mkdir(parents=True)
+    (earlier / "checkpoints" / "sft" / "1").mkdir(parents=True)
     say = lambda name: (earlier / "config.json").write_text(
         json.dumps({"architecture": {}, "chat_template": name})
     )
