@@ -81,10 +81,9 @@ def arithmetic_config(**fields) -> dict:
 def model_config(preset: str = "qwen3-tiny", **changes) -> ConfigDict:
     """`config.model`: a preset, and each field of DecoderConfig, None where the preset decides."""
     model = ConfigDict({"preset": preset})
-    for field in dataclasses.fields(DecoderConfig):
-        model[field.name] = config_dict.placeholder(_plain_type(field.type))
-    scaling = dataclasses.fields(RopeScaling)
-    model.rope_scaling = {f.name: config_dict.placeholder(_plain_type(f.type)) for f in scaling}
+    unset = lambda fields: {f.name: config_dict.placeholder(_plain_type(f.type)) for f in fields}
+    fields = [f for f in dataclasses.fields(DecoderConfig) if f.name != "rope_scaling"]
+    model.update(unset(fields), rope_scaling=unset(dataclasses.fields(RopeScaling)))
     model.update(changes)
     return model
 
