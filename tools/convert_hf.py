@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    rich.console.Console(soft_wrap=True).print(_table(args, result))
+    width = None if sys.stdout.isatty() else 160  # a file has room for whole names
+    rich.console.Console(width=width).print(_table(args, result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if args.command == "check" and not compared.equal else 0

@@ -62,10 +62,7 @@ def import_hf(
     host at a time. Of a sharded leaf only the parts of this process are read. Raises one ValueError
     naming every unknown, missing, duplicate, misshapen or non-float tensor.
     """
-    directory = pathlib.Path(directory)
-    hf_config = read_json(directory / "config.json")
-    config = config_from_hf(hf_config)
-    found = _checked(directory, config, hf_config["model_type"], dtype)
+    config, found = _checked(pathlib.Path(directory), dtype)
     rows, sizes = hf_names.rows(config), hf_names.sizes(config)
     total = sum(found[name].data.size for row in rows for name in row.names(sizes))
     params: Params = {}
@@ -81,6 +78,14 @@ def import_hf(
     return config, params
 
 
+def checked_config(directory: str | pathlib.Path) -> DecoderConfig:
+    """The shape of a directory, once all that can be told without its weights fits it.
+
+    Raises ValueError as import_hf does.
+    """
+    return _checked(pathlib.Path(directory), jnp.float32)[0]
+
+
 def left_out(directory: str | pathlib.Path) -> dict[str, int]:
     """{part: tensors} of what an import passes over: the parts of a Gemma 3 that see."""
     directory = pathlib.Path(directory)
@@ -89,17 +94,17 @@ def left_out(directory: str | pathlib.Path) -> dict[str, int]:
     return dict(collections.Counter(part for part in parts if part is not None))
 
 
-def _checked(
-    directory: pathlib.Path, config: DecoderConfig, model_type: str, dtype: Any
-) -> dict[str, Tensor]:
-    """The tensors by their names in the table.
+def _checked(directory: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """The config, and the tensors by their names in the table.
 
     Raises one ValueError that lists every one that the table and the config cannot explain.
     """
+    hf_config = read_json(directory / "config.json")
+    config = config_from_hf(hf_config)
     tensors, problems = open_tensors(directory)
     found: dict[str, list[Tensor]] = {}
     for tensor in tensors:
-        name = hf_names.meaning(tensor.name, model_type)
+        name = hf_names.meaning(tensor.name, hf_config["model_type"])
         if name is not None:
             found.setdefault(name, []).append(tensor)
     problems += _misfits(config, found)
@@ -108,7 +113,7 @@ def _checked(
         problems += _second_heads(config, found)
     if problems:
         raise ValueError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
-    return {name: several[0] for name, several in found.items()}
+    return config, {name: several[0] for name, several in found.items()}
 
 
 def _misfits(config: DecoderConfig, found: Mapping[str, list[Tensor]]) -> list[str]:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxreason.checkpoint import hf, hf_names, hub
-from jaxreason.checkpoint.hf_config import config_from_hf, generation_settings
+from jaxreason.checkpoint.hf_config import generation_settings
 from jaxreason.checkpoint.safetensors_files import read_json
 from jaxreason.checkpoint.store import restore_params
 from jaxreason.checkpoint.vocabulary import resize_vocab
@@ -42,8 +42,9 @@ class Checkpoint:
         return self.stage or (self.directory.name if self.directory else self.kind)
 
     def architecture(self) -> DecoderConfig:
+        """Its shape; raises ValueError where a Hugging Face directory's tensors do not fit it."""
         if self.kind == "hf":
-            return config_from_hf(read_json(self.directory / "config.json"))
+            return hf.checked_config(self.directory)
         return DecoderConfig(**self._run_config()["architecture"])
 
     def generation(self) -> dict[str, Any]:
