@@ -133,6 +133,7 @@ class LanguageModel:
         self.axes: Params = nnx.to_pure_dict(
             jax.tree.map(_logical_axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
         )
+        self.body_params = _params_met(self.shapes["layers"], self.axes["layers"], config)
         if lora is not None:
             shapes, axes = lora_lib.declare(lora, self.shapes, self.axes)
             if value_head:
@@ -449,6 +450,17 @@ def _scan_layers(layers, kinds, x_BTD, stack, unroll: bool):
         x_BTD, last = run(kinds[:rest], x_BTD, jax.tree.map(lambda p: p[rounds * period :], stack))
         given = jax.tree.map(lambda *parts: jnp.concatenate(parts), given, last)
     return x_BTD, given
+
+
+def _params_met(shapes: Params, axes: Params, c: DecoderConfig) -> int:
+    """Parameters of all layers that a token meets: of experts, those of the ones it chooses."""
+
+    def met(name: str) -> int:
+        size = math.prod(shapes[name].shape)
+        of_experts = "expert" in axes[name]
+        return size // c.num_experts * c.experts_per_token if of_experts else size
+
+    return sum(map(met, shapes))
 
 
 def _logical_axes(variable: nnx.Variable) -> tuple[str, ...]:

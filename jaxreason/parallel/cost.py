@@ -5,23 +5,34 @@ def flops_per_token(
     *,
     body_params: int,
     head_params: int,
-    num_layers: int,
     attention_dim: int,
-    length: int,
-    causal: bool = True,
+    keys_per_query: float,
+    frozen: bool = False,
 ) -> float:
     """Training FLOPs a token, forward and backward, without recomputation.
 
     6 a parameter that multiplies (the embedding lookup is free, a tied head counts once as head),
-    plus attention: 12 * layers * (heads * head_dim) * length for full attention, half of it for
-    causal. The causal count reproduces prime-rl's and Megatron-Bridge's published figures; the full
-    count is nanochat's and llm-foundry's.
+    plus attention: 12 a key that a query reads, in each layer, times heads * head_dim. With the
+    keys of causal attention that reproduces prime-rl's and Megatron-Bridge's published figures; a
+    full square is nanochat's and llm-foundry's count.
 
     Args:
-      body_params: parameters of all layers, embedding and head excluded.
+      body_params: parameters of all layers that a token meets, embedding and head excluded; of
+        experts, those of the ones it chooses.
       head_params: vocabulary x model dim.
       attention_dim: query heads x head dim.
-      length: tokens that attend to each other (the row's length when documents are not cut).
+      keys_per_query: of all layers together, the mean over a row: see `causal_keys`.
+      frozen: the parameters have no gradient of their own (LoRA's base): 4 a parameter.
     """
-    attention = (6 if causal else 12) * num_layers * attention_dim * length
-    return 6.0 * (body_params + head_params) + attention
+    per_param = 4.0 if frozen else 6.0
+    return per_param * (body_params + head_params) + 12 * attention_dim * keys_per_query
+
+
+def causal_keys(length: int, window: int | None = None) -> float:
+    """The mean number of keys that a query of a row of `length` reads in one layer.
+
+    Half the length, to the half of a key that the published counts leave out; with a window, the
+    window less what the first queries lack.
+    """
+    reach = length if window is None else min(window, length)
+    return reach * (1 - reach / (2 * length))

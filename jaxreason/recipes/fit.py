@@ -1,7 +1,6 @@
 """One stage of training: from its section of the configuration to a done marker."""
 
 import dataclasses
-import math
 import time
 
 import jax
@@ -126,12 +125,13 @@ def run_stage(run: Run, stage: Stage) -> None:
 def flops_per_token(model: LanguageModel, length: int) -> float:
     """Training FLOPs of a token in causal rows of this length."""
     c = model.config
+    windows = [c.window if sliding else None for sliding in c.sliding]
     return cost.flops_per_token(
-        body_params=sum(math.prod(s.shape) for s in jax.tree.leaves(model.shapes["layers"])),
+        body_params=model.body_params,
         head_params=c.vocab_size * c.embed_dim,
-        num_layers=c.num_layers,
         attention_dim=c.num_heads * c.head_dim,
-        length=length,
+        keys_per_query=sum(cost.causal_keys(length, window) for window in windows),
+        frozen=model.lora is not None,
     )
 
 

@@ -50,7 +50,7 @@ def make_train_step(
             terms = {name: s / totals[name] for name, (s, _) in loss.terms.items()}
             means = jax.tree.map(lambda s: s / totals[first], loss.metrics)
             if "balance" in terms:
-                means["balance"] = terms["balance"]
+                means["aux_loss"] = terms["balance"]  # as TRL calls it
             return sum(c * terms[name] for name, (_, c) in loss.terms.items()), means
 
         def accumulate(carry, piece):

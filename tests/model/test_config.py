@@ -61,6 +61,14 @@ def test_flops_of_a_pretraining_token():
     assert flops == pytest.approx(10.32e9, rel=0.01)
 
 
+def test_active_parameters():
+    """What a token meets: the reports' 3.3 of 30.5 billion, 22 of 235 billion, with the head."""
+    for name, billions in (("qwen3-30b-a3b", 3.35), ("qwen3-235b-a22b", 22.2)):
+        model = LanguageModel(preset(name))
+        tables = 2 * model.config.vocab_size * model.config.embed_dim
+        assert model.body_params + tables == pytest.approx(billions * 1e9, rel=0.01)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"model.preset is 'qwen4'; known presets: qwen3-0.6b"):
         preset("qwen4")

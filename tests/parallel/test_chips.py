@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxreason.parallel import chips
-from jaxreason.parallel.cost import flops_per_token
+from jaxreason.parallel.cost import causal_keys, flops_per_token
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,10 @@ def test_a_compile_target_is_made_for_gpus_alone():
 
 
 def test_flops_by_hand():
-    """Two layers, 3 heads of 4, 10 tokens: 12 x 2 x 12 x 10 for full attention, half if causal."""
-    shape = dict(body_params=100, head_params=50, num_layers=2, attention_dim=12, length=10)
-    assert flops_per_token(**shape) == 6 * 150 + 1440
-    assert flops_per_token(**shape, causal=False) == 6 * 150 + 2880
+    """Two layers, 3 heads of 4, 10 tokens: 12 x 12 x 10 for causal attention; 6 with a window."""
+    shape = dict(body_params=100, head_params=50, attention_dim=12)
+    assert flops_per_token(**shape, keys_per_query=2 * causal_keys(10)) == 6 * 150 + 1440
+    assert flops_per_token(**shape, keys_per_query=10, frozen=True) == 4 * 150 + 1440
+    # Queries 0 to 9 read 1, 2, 3, 4, 4, ... keys; the diagonal's half is left out as above.
+    assert causal_keys(10, 4) == pytest.approx((1 + 2 + 3 + 4 * 7) / 10 - 0.5 * 4 / 10)
+    assert causal_keys(10, 99) == causal_keys(10) == 5
