@@ -36,6 +36,7 @@ setup(
         "sentencepiece",
         "tokenizers",
         "safetensors",
+        "huggingface_hub",
         "jinja2",
         # rewards: pure Python (sympy, antlr4), 7 MB
         "math-verify>=0.9",

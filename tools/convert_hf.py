@@ -129,7 +129,7 @@ def _table_of_differences(result: dict) -> rich.table.Table:
         table.add_row(row["name"], *numbers, row["kinds"])
     hidden = len(result["differences"]) - _SHOWN
     if hidden > 0:
-        table.add_row(f"and {hidden} more, each nearer", "", "", "")
+        table.add_row(f"and {hidden} more, none further apart", "", "", "")
     for side in "ab":
         for name in brief(result[f"only_in_{side}"]):
             table.add_row(name, "", "", f"only in {side.upper()}")

@@ -234,7 +234,7 @@ def _pieces(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray
 def _copy(target: np.ndarray, source: np.ndarray, axis: int) -> None:
     """target[...] = source, both matrices, in an order that is kind to the caches."""
     if target.dtype == source.dtype:
-        # As integers: numpy holds the interpreter's lock while it copies ml_dtypes.
+        # As integers: numpy holds the interpreter's lock while it copies bfloat16.
         integers = {2: np.uint16, 4: np.uint32}[target.itemsize]
         target, source = target.view(integers), source.view(integers)
     step = source.shape[0] if axis == 0 else _STRIP

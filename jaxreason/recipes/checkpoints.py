@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -110,6 +111,8 @@ class Checkpoint:
             _check_shapes(self.text, own, abstract)
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             _, params = hf.import_hf(self.directory, shardings=shardings if model.mesh else None)
+            for part, number in hf.left_out(self.directory).items():
+                print(f"{self.name}: {part} is left out ({number} tensors)", file=sys.stderr)
         else:
             folder = self.directory / "checkpoints" / self.stage
             params = restore_params(folder, abstract, self.step, optional=("value_head",))

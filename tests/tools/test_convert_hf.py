@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from jaxreason import launch
-from jaxreason.checkpoint import hf, hf_names, whole_folder
+from jaxreason.checkpoint import hf, hf_names, hub, whole_folder
 from jaxreason.checkpoint.safetensors_files import INDEX
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import Execution, LanguageModel
@@ -86,7 +86,7 @@ def test_an_export_in_another_dtype(convert_hf, imported, tmp_path, capsys):
     assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
     assert convert_hf(["check", str(source), str(back)]) == 1  # float32 holds every bfloat16
     shown = capsys.readouterr().out
-    assert "BF16[264, 32] | F32[264, 32]" in shown and "different" in shown
+    assert "BF16[32] | F32[32]" in shown and "and 4 more, none further apart" in shown
 
 
 @pytest.mark.parametrize("name", ["ours", "ours@imported", "ours@imported@0", "source"])
@@ -100,6 +100,21 @@ def test_what_was_imported_is_a_start(imported, name):
     loaded = start.load(model, None)
     jax.tree.map(np.testing.assert_array_equal, loaded, hf.import_hf(source)[1])
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
+
+
+def test_a_hub_is_a_start_and_has_tokenizers(imported, monkeypatch):
+    """What the hub itself answers: tests/checkpoint/test_hub.py."""
+    asked = []
+
+    def resolve(address, weights=True):
+        asked.append((address, weights))
+        return imported[0]
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    start = checkpoints.parse("hf://org/tiny@v1")
+    assert start.architecture() == SHAPE and start.name == "tiny"
+    assert assemble._one_path("hf://org/other", "tokenizer.path") == imported[0]
+    assert asked == [("hf://org/tiny@v1", True), ("hf://org/other", False)]
 
 
 def test_sampling_settings_travel_with_a_run(imported):
