@@ -72,7 +72,7 @@ def open_tensors(directory: pathlib.Path) -> tuple[list[Tensor], list[str]]:
     files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
     tensors, problems = [], []
     for file in files:
-        in_file, duplicates = _open(directory / file)
+        in_file, duplicates = open_file(directory / file)
         tensors += in_file
         problems += [f"duplicate {name} in the header of {file}" for name in duplicates]
     if weight_map is not None:
@@ -115,8 +115,11 @@ def _index_problems(weight_map: Mapping[str, str], tensors: Iterable[Tensor]) ->
     ]
 
 
-def _open(path: pathlib.Path) -> tuple[list[Tensor], list[str]]:
-    """(tensors, names that the header states twice)."""
+def open_file(path: pathlib.Path) -> tuple[list[Tensor], list[str]]:
+    """(tensors, names that the header states twice) of one file.
+
+    Raises ValueError when it is not whole.
+    """
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass  # the library checks the header and that the tensors fill the file

@@ -160,25 +160,25 @@ class LanguageModel:
     def complete(
         self, params: Params, frozen: Params | None, expert_load_LE: jax.Array | None = None
     ) -> Params:
-        """The tree that the functions below read: of a LoRA model, adapters and frozen base.
+        """The tree that the functions below read: of a LoRA model, frozen base and scaled adapters.
+
+        It says by itself what the adapters add, so that a plain model of the same shape reads it.
 
         Args:
+          frozen: the base of a LoRA model; a plain model has no use for it.
           expert_load_LE: of the global batch, where `params` see a part of it; see `moe.balance`.
         """
-        whole = params if self.lora is None else {**frozen, **params}
+        whole = params if self.lora is None else {**frozen, **lora_lib.scaled(self.lora, params)}
         return whole if expert_load_LE is None else {**whole, _LOAD: expert_load_LE}
 
     def merge(self, params: Params) -> Params:
-        """The complete tree as a plain model's: adapters become part of the weights."""
-        return lora_lib.merge(self.lora, params) if "lora" in params else params
+        """The complete tree without adapters: they become part of the weights, in float32."""
+        return lora_lib.merge(params) if "lora" in params else params
 
     def _module(self, params: Params) -> Decoder:
         """The network alone, whatever else the tree has."""
         own = ("embedding", "layers", "final_norm", "lm_head")
         return nnx.merge(self._graph, {k: v for k, v in params.items() if k in own})
-
-    def _adapters(self, params: Params) -> Params | None:
-        return lora_lib.scaled(self.lora, params) if "lora" in params else None
 
     def shardings(self) -> Params:
         """Where each weight lives, from the rules table."""
@@ -259,7 +259,7 @@ class LanguageModel:
             {sliding: layer(sliding) for sliding in set(c.sliding)},
             c.sliding,
             self._embed(module.embedding[...], tokens_BT),
-            (module.layers, self._adapters(params)),
+            (module.layers, params["lora"]["layers"] if "lora" in params else None),
             unroll=not self.execution.scan_layers,
         )
         return self._final_norm(x_BTD, module.final_norm[...]), routing_L

@@ -112,7 +112,8 @@ def norm_scale(c: DecoderConfig, size: int) -> nnx.Param:
 
 
 def multiplier(c: DecoderConfig, scale):
-    """What a norm multiplies by."""
+    """What a norm multiplies by, float32: 1 + w of a weight stored in bf16 does not fit bf16."""
+    scale = scale.astype(jnp.float32)
     return scale + c.traits.norm_offset if c.traits.norm_offset else scale
 
 

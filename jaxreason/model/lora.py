@@ -24,6 +24,7 @@ TARGETS = {
     "down_proj": ("w_down", 1),
 }
 _INPUTS = dict(TARGETS.values())
+BASE_DTYPE = jnp.bfloat16  # of the frozen base; it is multiplied in the execution's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ class LoraConfig:
 def declare(config: LoraConfig, shapes: Params, axes: Params) -> tuple[Params, Params]:
     """(shapes, logical axes) of the adapters of a model with these layers.
 
-    Raises ValueError for a target that is a stack of experts.
+    Raises ValueError for a target that is a stack of experts, and for a rank that no weight of
+    that shape can have.
     """
     adapters, adapter_axes = {}, {}
     for name in config.weights:
@@ -71,6 +73,12 @@ def declare(config: LoraConfig, shapes: Params, axes: Params) -> tuple[Params, P
                 "q_proj, k_proj, v_proj and o_proj can be adapted"
             )
         cut = 1 + _INPUTS[name]
+        most = min(math.prod(shape[1:cut]), math.prod(shape[cut:]))
+        if config.rank > most:
+            raise ValueError(
+                f"train.lora.rank is {config.rank}; {_peft_name(name)} has at most rank {most} "
+                "in this model"
+            )
         adapters[name] = {
             "a": jax.ShapeDtypeStruct((*shape[:cut], config.rank), jnp.float32),
             "b": jax.ShapeDtypeStruct((shape[0], config.rank, *shape[cut:]), jnp.float32),
@@ -91,15 +99,20 @@ def init(shapes: Params, key: jax.Array) -> Params:
 
 
 def scaled(config: LoraConfig, params: Params) -> Params:
-    """The adapters of the layers with alpha / rank taken into B: weight -> {"a", "b"}."""
-    return {
+    """The tree with alpha / rank taken into B, so that W + A B says all of it."""
+    layers = {
         name: {"a": pair["a"], "b": config.scale * pair["b"]}
         for name, pair in params["lora"]["layers"].items()
     }
+    return {**params, "lora": {"layers": layers}}
 
 
-def merge(config: LoraConfig, params: Params) -> Params:
-    """The plain tree that computes the same: W + scale A B, each in the dtype of W."""
+def merge(params: Params) -> Params:
+    """The plain tree that computes the same as a complete one: W + A B, in float32.
+
+    The weights without an adapter keep their dtype. A sum rounded to the base's bf16 would lose
+    the small part of what was learnt.
+    """
     adapters = params["lora"]["layers"]
 
     def merged(name: str, w: jax.Array) -> jax.Array:
@@ -113,7 +126,7 @@ def merge(config: LoraConfig, params: Params) -> Params:
             b.reshape(L, rank, -1),
             precision=jax.lax.Precision.HIGHEST,
         )
-        return (w.astype(jnp.float32) + config.scale * delta.reshape(w.shape)).astype(w.dtype)
+        return w.astype(jnp.float32) + delta.reshape(w.shape)
 
     layers = {name: merged(name, w) for name, w in params["layers"].items()}
     return {k: v for k, v in params.items() if k != "lora"} | {"layers": layers}

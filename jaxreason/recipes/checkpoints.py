@@ -6,15 +6,18 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxreason.checkpoint import hf, hf_names, hub
+from jaxreason.checkpoint import hf, hf_names, hub, peft
 from jaxreason.checkpoint.hf_config import generation_settings
 from jaxreason.checkpoint.safetensors_files import read_json
 from jaxreason.checkpoint.store import restore_params
 from jaxreason.checkpoint.vocabulary import resize_vocab
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.lora import BASE_DTYPE, LoraConfig
+from jaxreason.recipes.lora import adapted
 from jaxreason.report.summary import read_metrics
 from jaxreason.text.chat import TEMPLATES
 from jaxreason.text.tokenizer import Tokenizer, load_tokenizer
@@ -23,13 +26,17 @@ from jaxreason.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """random | @STAGE of this run | WORKDIR[@STAGE[@STEP]] | a Hugging Face directory | hf://..."""
+    """random | @STAGE of this run | WORKDIR[@STAGE[@STEP]] | a Hugging Face directory | hf://...
+
+    A Hugging Face directory may hold an adapter of PEFT's alone: then all else is its base's.
+    """
 
     text: str
-    kind: str  # random | run | hf
+    kind: str  # random | run | hf | adapter
     directory: pathlib.Path | None = None  # the other run's workdir, or the Hugging Face directory
     stage: str = ""
     step: int | None = None
+    base: "Checkpoint | None" = None  # of an adapter
 
     @property
     def has_architecture(self) -> bool:
@@ -44,6 +51,8 @@ class Checkpoint:
 
     def architecture(self) -> DecoderConfig:
         """Its shape; raises ValueError where a Hugging Face directory's tensors do not fit it."""
+        if self.base is not None:
+            return self.base.architecture()
         if self.kind == "hf":
             return hf.checked_config(self.directory)
         return DecoderConfig(**self._run_config()["architecture"])
@@ -52,6 +61,8 @@ class Checkpoint:
         """What its generation_config.json says, ids and sampling; {} where it has none."""
         if self.directory is None:
             return {}
+        if self.base is not None:
+            return self.base.generation()
         if self.kind == "hf":
             return generation_settings(self.directory)
         return self._run_config().get("generation", {})
@@ -69,10 +80,12 @@ class Checkpoint:
             raise ValueError(
                 f"chat.template is 'checkpoint', but init.from is {self.text!r}, which has none"
             )
-        if self.kind == "hf":
+        if self.base is not None and not self._has_tokenizer:
+            return self.base.chat_template()
+        if self.kind != "run":
             return str(self.directory)
         name = self._run_config()["chat_template"]
-        return name if name in TEMPLATES else str(self.directory / "tokenizer")
+        return name if name in TEMPLATES else str(self._tokenizer_folder)
 
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError when there is none: random parameters were never given one.
@@ -83,40 +96,72 @@ class Checkpoint:
             raise ValueError(
                 f"tokenizer.kind is 'checkpoint', but init.from is {self.text!r}, which has none"
             )
+        if self.base is not None and not self._has_tokenizer:
+            return self.base.tokenizer()
         if self.kind == "run":
-            return load_tokenizer(self.directory / "tokenizer")
+            return load_tokenizer(self._tokenizer_folder)
         loaded = load_tokenizer(self.directory)
         _check_tokenizer(self.directory, self.architecture(), self.generation(), loaded)
         return loaded
 
-    def load(self, model: LanguageModel, checkpoints) -> Params | None:
+    def load(self, model: LanguageModel, checkpoints, dtype=jnp.float32) -> Params | None:
         """The parameters, placed where the model wants them; None: random ones.
 
         A value head comes along where the model has one too. Tokens that it was not trained with,
-        which this run's tokenizer or a larger model.vocab_size brings, get mean rows.
+        which this run's tokenizer or a larger model.vocab_size brings, get mean rows. Adapters are
+        merged into the base that they were trained on.
 
         Args:
+          model: a plain one.
           checkpoints: this run's stage name -> folder of its checkpoints.
+          dtype: of every parameter.
         Raises ValueError when the model has another shape.
         """
         if self.kind == "random":
             return None
-        if self.directory is None:
-            return restore_params(
-                checkpoints(self.stage), model.abstract(), self.step, optional=("value_head",)
-            )
-        own = self.architecture()
-        abstract = _abstract(model, own.vocab_size)
+        if self.kind == "adapter":
+            lora, adapters = peft.import_peft(self.directory, model.config)
+            base = self.base.load(model, checkpoints)
+            return _merged(adapted(model, lora, model.value_head), adapters, base, dtype)
         if self.kind == "hf":
-            _check_shapes(self.text, own, abstract)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            _, params = hf.import_hf(self.directory, shardings=shardings if model.mesh else None)
-            for part, number in hf.left_out(self.directory).items():
-                print(f"{self.name}: {part} is left out ({number} tensors)", file=sys.stderr)
-        else:
-            folder = self.directory / "checkpoints" / self.stage
-            params = restore_params(folder, abstract, self.step, optional=("value_head",))
+            return self._load_hugging_face(model, dtype)
+        return self._load_run(model, checkpoints, dtype)
+
+    def _load_hugging_face(self, model: LanguageModel, dtype) -> Params:
+        own = self.architecture()
+        abstract = _abstract(model, own.vocab_size, dtype)
+        _check_shapes(self.text, own, abstract)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract) if model.mesh else None
+        _, params = hf.import_hf(self.directory, dtype=dtype, shardings=shardings)
+        for part, number in hf.left_out(self.directory).items():
+            print(f"{self.name}: {part} is left out ({number} tensors)", file=sys.stderr)
         return self._with_new_tokens(model, own, params)
+
+    def _load_run(self, model: LanguageModel, checkpoints, dtype) -> Params:
+        folder = checkpoints(self.stage)
+        if self.directory is not None:
+            folder = self.directory / "checkpoints" / self.stage
+        restore = lambda wanted: restore_params(folder, wanted, self.step, ("value_head",))
+        section = _stage_section(folder.parents[1], self.stage)
+        lora = LoraConfig(**section.get("train", {}).get("lora", {}))
+        if lora.rank:
+            trained = adapted(model, lora, model.value_head)
+            base = self._base_of(section).load(model, checkpoints, BASE_DTYPE)
+            return _merged(trained, restore(trained.abstract()), base, dtype)
+        if self.directory is None:
+            return restore(model.abstract(dtype))
+        own = self.architecture()
+        return self._with_new_tokens(model, own, restore(_abstract(model, own.vocab_size, dtype)))
+
+    def _base_of(self, section: dict) -> "Checkpoint":
+        """Where the stage of this section, which trained adapters, found what they adapt."""
+        try:
+            base = parse(section["init"]["from"])
+        except ValueError as error:
+            raise ValueError(f"init.from is {self.text!r}, adapters to a base: {error}") from error
+        if base.kind == "run" and base.directory is None:
+            return dataclasses.replace(base, directory=self.directory)
+        return base
 
     def _with_new_tokens(self, model: LanguageModel, own: DecoderConfig, params: Params) -> Params:
         rows = model.config.vocab_size
@@ -130,10 +175,17 @@ class Checkpoint:
 
     def _num_tokens(self, own: DecoderConfig) -> int:
         """Rows of the table that training moved; all of them where no tokenizer lies beside."""
-        folder = self.directory if self.kind == "hf" else self.directory / "tokenizer"
-        if not (folder / "tokenizer_config.json").is_file():
+        if not self._has_tokenizer:
             return own.vocab_size
-        return min(load_tokenizer(folder).vocab_size, own.vocab_size)
+        return min(load_tokenizer(self._tokenizer_folder).vocab_size, own.vocab_size)
+
+    @property
+    def _tokenizer_folder(self) -> pathlib.Path:
+        return self.directory / "tokenizer" if self.kind == "run" else self.directory
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return (self._tokenizer_folder / "tokenizer_config.json").is_file()
 
     def _run_config(self) -> dict:
         content = read_json(self.directory / "config.json")
@@ -147,7 +199,7 @@ def parse(text: str) -> Checkpoint:
     if text == "random":
         return Checkpoint(text, "random")
     if hub.is_address(text):
-        return Checkpoint(text, "hf", hub.resolve(text))
+        return _hugging_face(text, hub.resolve(text))
     folder, _, rest = text.partition("@")
     stage, _, step = rest.partition("@")
     if step and not step.isdigit():
@@ -160,6 +212,8 @@ def parse(text: str) -> Checkpoint:
     if not folder:
         return Checkpoint(text, "run", None, stage, number)
     directory = pathlib.Path(folder).expanduser()
+    if peft.is_adapter(directory) and not rest:
+        return _hugging_face(text, directory)
     config = directory / "config.json"
     if not config.is_file():
         raise ValueError(
@@ -180,6 +234,40 @@ def parse(text: str) -> Checkpoint:
     return Checkpoint(text, "run", directory, stage, number)
 
 
+def _hugging_face(text: str, directory: pathlib.Path) -> Checkpoint:
+    """A whole model, or an adapter with the base that it names: a directory, else one of the hub's.
+
+    Raises ValueError as `parse` does when the base is not there.
+    """
+    if not peft.is_adapter(directory):
+        return Checkpoint(text, "hf", directory)
+    name, revision = peft.base_of(directory)
+    if not pathlib.Path(name).expanduser().is_dir():
+        name = f"hf://{name}" + (f"@{revision}" if revision else "")
+    try:
+        base = parse(name)
+    except ValueError as error:
+        raise ValueError(f"init.from is {text!r}, an adapter to a base: {error}") from error
+    return Checkpoint(text, "adapter", directory, base=base)
+
+
+def _merged(model: LanguageModel, adapters: Params, base: Params, dtype) -> Params:
+    """The plain tree, each weight where its base was."""
+
+    def merge(adapters: Params, base: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), model.merge(model.complete(adapters, base)))
+
+    places = {**base, **{name: part for name, part in adapters.items() if name != "lora"}}
+    places = None if model.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, places)
+    return jax.jit(merge, out_shardings=places)(adapters, base)
+
+
+def _stage_section(workdir: pathlib.Path, stage: str) -> dict[str, Any]:
+    """The stage's part of the configuration; {} of an imported model, which no stage trained."""
+    config = read_json(workdir / "config.json").get("config", {})
+    return config.get("stages", {stage: config}).get(stage, {})
+
+
 def _stages(directory: pathlib.Path) -> list[str]:
     """The stages of a run that have a checkpoint, the one that trained last at the end."""
     steps = (directory / "checkpoints").glob("*/*")
@@ -189,9 +277,9 @@ def _stages(directory: pathlib.Path) -> list[str]:
     return sorted(saved, key=lambda stage: last.get(stage, -1))
 
 
-def _abstract(model: LanguageModel, vocab_size: int) -> Params:
+def _abstract(model: LanguageModel, vocab_size: int, dtype) -> Params:
     """What to restore into: the model's, with tables of that many rows."""
-    abstract = model.abstract()
+    abstract = model.abstract(dtype)
     if vocab_size == model.config.vocab_size:
         return abstract
     # The rows that are there may not divide as the model's do: whole on every device until grown.

@@ -11,6 +11,7 @@ from jaxreason.data.arithmetic import ArithmeticConfig
 from jaxreason.data.prompts import PromptSource
 from jaxreason.data.sources import SourceConfig
 from jaxreason.model.config import DecoderConfig
+from jaxreason.model.lora import LoraConfig
 from jaxreason.model.rope import RopeScaling
 from jaxreason.objectives.advantage import Advantage
 from jaxreason.objectives.policy import PolicyGradient
@@ -108,6 +109,7 @@ def stage_config() -> dict:
         "train": {
             "steps": 100,
             "z_loss": 0.0,
+            "lora": dataclasses.asdict(LoraConfig()),  # rank 0: the weights themselves
             "optimizer": dataclasses.asdict(OptimizerConfig()),
         },
     }
@@ -159,6 +161,7 @@ def rl_config() -> dict:
             "mask_truncated_completions": True,
             "length": 512,
             "rows_multiple": 8,
+            "lora": dataclasses.asdict(LoraConfig()),
             "optimizer": dataclasses.asdict(
                 OptimizerConfig(learning_rate=1e-6, schedule="constant", weight_decay=0.0)
             ),

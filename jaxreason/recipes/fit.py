@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 from jaxreason.checkpoint.store import Store
 from jaxreason.data import pipeline as pipeline_lib
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.lora import LoraConfig
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel import chips, cost, hosts
-from jaxreason.recipes import assemble, checkpoints
+from jaxreason.recipes import assemble, checkpoints, lora
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
@@ -31,6 +32,7 @@ class Stage:
     optimizer: optim.OptimizerConfig
     fit: FitConfig
     start: checkpoints.Checkpoint
+    lora: LoraConfig | None
 
     @property
     def steps(self) -> int:
@@ -58,7 +60,8 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
         assemble.device_mesh(config.mesh), data.rows, config.mesh.microbatches, data.num_shards
     )
     start = checkpoints.parse(section.init["from"])
-    return Stage(name, section, data, optimizer, fit_config, start)
+    adapters = lora.plan(section, start)
+    return Stage(name, section, data, optimizer, fit_config, start, adapters)
 
 
 def check_data(config: ConfigDict, stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
@@ -66,13 +69,19 @@ def check_data(config: ConfigDict, stage: Stage, tokenizer: Tokenizer, workdir: 
     pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
 
 
+def model_of(model: LanguageModel, stage: Stage) -> LanguageModel:
+    """What the stage trains of the run's model. Raises ValueError where it cannot."""
+    return lora.adapted(model, stage.lora)
+
+
 def run_stage(run: Run, stage: Stage) -> None:
     """Trains, resuming where it was, and leaves the stage's done marker."""
-    config, workdir, model = run.config, run.workdir, run.model
+    config, workdir = run.config, run.workdir
     done = workdir.marker(stage.name)
     if done and done["steps"] >= stage.steps:
         return
     began = time.monotonic()
+    model = model_of(run.model, stage)
     optimizer = optim.make_optimizer(stage.optimizer, model.axes)
     schedule = optim.make_schedule(stage.optimizer, stage.fit.steps)
     train_step = make_train_step(
@@ -104,7 +113,9 @@ def run_stage(run: Run, stage: Stage) -> None:
             trace_dir=str(workdir.path / "profile" / stage.name),
         )
         key = assemble.stage_key(config.seed, stage.name)
-        _, tokens = fit(job, key, lambda: stage.start.load(model, workdir.checkpoints))
+        base = lora.frozen_base(stage.lora, stage.start, run.model, workdir.checkpoints)
+        first = lambda: None if stage.lora else stage.start.load(model, workdir.checkpoints)
+        _, tokens = fit(job, key, first, base)
     stats = batches.stats
     batches.close()
     last = [record for record in read_metrics(workdir.path) if record["stage"] == stage.name][-1]

@@ -12,12 +12,12 @@ import time
 
 from ml_collections import ConfigDict
 
-from jaxreason.checkpoint.store import restore_params
 from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
 from jaxreason.evals import accuracy
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, evaluation, fit, rl, scaling
+from jaxreason.recipes import assemble, evaluation, fit, lora, rl, scaling
+from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.html import write_report
@@ -69,12 +69,17 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     workdir.open(config)
     tokenizer = assemble.tokenizer(config, workdir, stages[0].start)
     model = assemble.language_model(config, shape, tokenizer)
+    models = {}
+    for stage in trained:
+        with _naming(config, stage.name):
+            models[stage.name] = _TRAINING[stage.section.kind].model_of(model, stage)
     prepare_data(config, workdir, progress)
     for stage in trained:
         with _naming(config, stage.name):
             _TRAINING[stage.section.kind].check_data(config, stage, tokenizer, workdir)
     evaluate = evaluation.build(config, workdir, tokenizer, model)
     describe(config, workdir, model, tokenizer, trained[0].length)
+    workdir.describe(trained_parameters={name: m.num_params for name, m in models.items()})
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")
 
     # --- training ---------------------------------------------------------------------------------
@@ -94,6 +99,10 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         export = {"steps": stage.steps, "dtype": config.run.export_dtype}
         if config.run.export and workdir.marker(f"{stage.name}.export") != export:
             assemble.export(config, model, load(), tokenizer, workdir.path / "hf" / stage.name)
+            if stage.lora is not None:
+                adapters = workdir.path / "adapters" / stage.name
+                folder = workdir.checkpoints(stage.name)
+                lora.export(models[stage.name], folder, stage.start, adapters)
             workdir.mark(f"{stage.name}.export", export)
     for stage in trained:
         _add_gains(this_run, stage, evals)
@@ -110,9 +119,9 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
 
 
 def stage_params(run: Run, stage: Stage) -> Params:
-    """What a trained stage ended with, without a critic's head."""
-    folder = run.workdir.checkpoints(stage.name)
-    return restore_params(folder, run.model.abstract(), optional=("value_head",))
+    """What a trained stage ended with, without a critic's head; adapters are merged."""
+    ended = Checkpoint(f"@{stage.name}", "run", stage=stage.name)
+    return ended.load(run.model, run.workdir.checkpoints)
 
 
 def _add_gains(run: Run, stage: Stage, evals: dict) -> None:

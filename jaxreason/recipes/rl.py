@@ -1,6 +1,7 @@
 """One stage of reinforcement learning: from its section of the configuration to a done marker."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 
@@ -10,11 +11,12 @@ from ml_collections import ConfigDict
 from jaxreason.checkpoint.store import Store
 from jaxreason.data import prompts as prompts_lib
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.lora import LoraConfig
 from jaxreason.objectives.advantage import GROUPED
 from jaxreason.objectives.policy import CORRECTIONS, KLS, PRESETS, Algorithm, PolicyGradient
 from jaxreason.parallel import rules
 from jaxreason.parallel.mesh import AXES, make_mesh
-from jaxreason.recipes import assemble, checkpoints, evaluation
+from jaxreason.recipes import assemble, checkpoints, evaluation, lora
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
@@ -51,6 +53,7 @@ class RLStage:
     algorithm: Algorithm
     optimizer: optim.OptimizerConfig
     start: checkpoints.Checkpoint
+    lora: LoraConfig | None
 
     @property
     def steps(self) -> int:
@@ -114,10 +117,10 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
             f"rollout.solved_by is {rollout.solved_by!r}; it must be one of rewards: "
             f"{', '.join(rewards)}"
         )
+    start = checkpoints.parse(section.init["from"])
     return RLStage(
         name, section, prompts, rewards, collect, sampling,
-        loop, algorithm, optimizer,
-        checkpoints.parse(section.init["from"]),
+        loop, algorithm, optimizer, start, lora.plan(section, start),
     )  # fmt: skip
 
 
@@ -211,21 +214,20 @@ def check_data(config: ConfigDict, stage: RLStage, tokenizer: Tokenizer, workdir
         prompts_lib.build(stage.prompts, workdir.data, say=lambda line: None, check=check)
 
 
-def model_of(run: Run, stage: RLStage) -> LanguageModel:
-    """The run's model, with a value head where the algorithm has a critic."""
-    if not stage.algorithm.needs_values:
-        return run.model
-    return assemble.language_model(run.config, run.model.config, run.tokenizer, value_head=True)
+def model_of(model: LanguageModel, stage: RLStage) -> LanguageModel:
+    """What the stage trains of the run's model, with a value head where there is a critic.
+
+    Raises ValueError where it cannot.
+    """
+    return lora.adapted(model, stage.lora, stage.algorithm.needs_values)
 
 
-def sampler_of(run: Run, stage: RLStage, model: LanguageModel) -> LanguageModel:
-    """The model as it samples: the trainer's, or the same on `rollout.mesh`."""
+def sampler_of(model: LanguageModel, stage: RLStage) -> LanguageModel:
+    """The run's model as it samples: the trainer's, or the same on `rollout.mesh`."""
     mesh = _sampler_mesh(stage.section)
     if mesh is None:
         return model
-    return LanguageModel(
-        model.config, model.execution, mesh, run.tokenizer.vocab_size, model.value_head
-    )
+    return LanguageModel(model.config, model.execution, mesh, model.valid_vocab)
 
 
 def _sampler_mesh(section: ConfigDict) -> jax.sharding.Mesh | None:
@@ -246,7 +248,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
     if done and done["steps"] >= stage.steps:
         return
     began = time.monotonic()
-    model = model_of(run, stage)
+    model = model_of(run.model, stage)
     optimizer = optim.make_optimizer(stage.optimizer, model.axes)
     train_step = make_train_step(
         model,
@@ -260,11 +262,19 @@ def run_stage(run: Run, stage: RLStage) -> None:
     encode = evaluation.prompt_encoder(config, run.tokenizer)
     key = assemble.stage_key(config.seed, stage.name)
 
+    @functools.cache  # of adapters it is the reference too
+    def base() -> Params | None:
+        return lora.frozen_base(stage.lora, stage.start, run.model, workdir.checkpoints)
+
     def params() -> Params | None:
+        if stage.lora is not None:
+            return None
         loaded = stage.start.load(model, workdir.checkpoints)
         return None if loaded is None else model.with_value_head(loaded)
 
     def reference() -> Params:
+        if stage.lora is not None:
+            return base()
         loaded = stage.start.load(run.model, workdir.checkpoints)
         return run.model.init(key) if loaded is None else loaded
 
@@ -278,7 +288,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
             generate=evaluation.generator(
                 config,
                 run.tokenizer,
-                sampler_of(run, stage, model),
+                sampler_of(run.model, stage),
                 stage.section.rollout.slots,
             ),
             reward=reward,
@@ -307,7 +317,8 @@ def run_stage(run: Run, stage: RLStage) -> None:
             seed=config.seed,
             evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
         )
-        _, tokens = train(job, key, params, reference if stage.algorithm.needs_reference else None)
+        wanted = reference if stage.algorithm.needs_reference else None
+        _, tokens = train(job, key, params, wanted, base)
     seconds = round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0)
     records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
     content = {"steps": stage.steps, "tokens": int(tokens), **_outcome(records)}

@@ -80,6 +80,7 @@ def fit(
     Args:
       key: the stage's PRNG key.
       params: makes the initial parameters (None: random); called only when nothing is to resume.
+      frozen: what the step reads beside the state and leaves as it is: the base of LoRA adapters.
     """
     config = job.config
 
@@ -95,7 +96,7 @@ def fit(
         job.progress.say(f"{job.stage}: resumed from step {done}")
     job.writer.cut(job.stage, done)
     job.writer.cut(_validation(job.stage), done if done else -1)
-    report = _Reporter(job, items["host"]["tokens"] if done else 0.0)
+    report = _Reporter(job, items["host"]["tokens"] if done else 0.0, frozen)
     if done == 0:
         report.validation(0, state)
 
@@ -143,8 +144,8 @@ def _validation(stage: str) -> str:
 class _Reporter:
     """Writes a step's metrics, and stops the run when too many steps in a row were skipped."""
 
-    def __init__(self, job: Fit, total_tokens: float):
-        self.job, self.total_tokens = job, total_tokens
+    def __init__(self, job: Fit, total_tokens: float, frozen: Params | None):
+        self.job, self.total_tokens, self.frozen = job, total_tokens, frozen
         self.clock, self.tokens, self.steps, self.waited = time.perf_counter(), 0, 0, 0.0
 
     def step(self, step: int, metrics: dict[str, jax.Array], read: int, waited: float) -> None:
@@ -188,7 +189,7 @@ class _Reporter:
         if job.validate is None:
             return
         began = time.perf_counter()
-        values = job.validate(state.params)
+        values = job.validate(job.model.complete(state.params, self.frozen))
         job.writer.write(_validation(job.stage), step, values)
         job.progress.say(
             f"{job.stage} {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())

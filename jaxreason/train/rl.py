@@ -92,6 +92,14 @@ class RL:
     evaluate: Callable[[Params], dict[str, float]] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Parameters that a stage reads and leaves as they are; of LoRA adapters both are the same."""
+
+    reference: Params | None  # that the KL is to
+    base: Params | None  # that adapters are added to
+
+
 class Mismatch(RuntimeError):
     """The sampler's probabilities are not the trainer's: the updates would be wrong."""
 
@@ -101,6 +109,7 @@ def train(
     key: jax.Array,
     params: Callable[[], Params | None],
     reference: Callable[[], Params] | None = None,
+    base: Callable[[], Params] | None = None,
 ) -> tuple[TrainState, float]:
     """Learn to `config.steps`, resuming from the store's newest checkpoint if it has one.
 
@@ -110,6 +119,7 @@ def train(
       key: the stage's PRNG key, of the initial state only; the collector has its own.
       params: makes the initial parameters (None: random); called only when nothing is to resume.
       reference: makes the frozen reference model's; None when the algorithm reads no KL.
+      base: makes the frozen base of LoRA adapters; None when the weights themselves are trained.
     """
     config = job.config
 
@@ -127,7 +137,8 @@ def train(
         job.progress.say(f"{job.stage}: resumed from step {done}")
     job.writer.cut(job.stage, done)
     _cut_samples(job, done)
-    frozen = reference() if reference is not None else None
+    frozen = Frozen(reference and reference(), base and base())
+    whole = lambda params: job.model.complete(params, frozen.base)
 
     def save(done: int, pending: Rollout | None, wait: bool) -> None:
         content = {**host, "pending": pending.to_json() if pending else None}
@@ -141,12 +152,13 @@ def train(
         while done < config.steps:
             began = time.perf_counter()
             try:
-                rollout = rollouts.take(done + 1, state.params, stopping.is_set)
+                rollout = rollouts.take(done + 1, whole(state.params), stopping.is_set)
             except Interrupted:
                 save(done, rollouts.begun, wait=True)
                 job.progress.say(f"{job.stage}: SIGTERM in a rollout, saved step {done}")
                 raise Terminated from None
-            rollouts.draw_ahead(done + 2, state.params)
+            # A copy: the train step donates the original.
+            rollouts.draw_ahead(done + 2, lambda: whole(snapshot(state.params)))
             learning = time.perf_counter()
             if why := _why_skipped(job, rollout):
                 host["skipped"] += 1
@@ -168,7 +180,7 @@ def train(
             trained = (learning, now)
             last = done == config.steps
             if config.evaluate_every and (last or done % config.evaluate_every == 0):
-                values |= job.evaluate(state.params)
+                values |= job.evaluate(whole(state.params))
             _report(job, done, values, rollout)
             if last or stopping.is_set() or done % config.save_every == 0:
                 save(done, rollouts.ahead(), wait=last or stopping.is_set())
@@ -201,11 +213,10 @@ class _Rollouts:
         self.begun = None
         return rollout
 
-    def draw_ahead(self, step: int, params: Params) -> None:
+    def draw_ahead(self, step: int, copy: Callable[[], Params]) -> None:
         if self._job.config.asynchronous and step <= self._job.config.steps:
-            kept = snapshot(params)  # the train step donates the original
             collect = self._job.collector.collect
-            self._future = self._thread.submit(collect, Rollout(step), kept)
+            self._future = self._thread.submit(collect, Rollout(step), copy())
 
     def ahead(self) -> Rollout | None:
         """The rollout drawn ahead, waited for: a checkpoint holds it, its parameters are gone."""
@@ -242,14 +253,15 @@ def make_score(model: LanguageModel, policy: PolicyGradient):
 
 
 def _learn(
-    job: RL, state: TrainState, rollout: Rollout, entropy_coef: float, frozen: Params | None
+    job: RL, state: TrainState, rollout: Rollout, entropy_coef: float, frozen: Frozen
 ) -> tuple[TrainState, dict[str, float]]:
     """All updates on one rollout, and the means of their metrics."""
     updates = _split(job, rollout)
     rows_U = lay_out_updates(updates, job.rows)
     place = lambda tree: hosts.to_global(job.model.mesh, tree) if job.model.mesh else tree
+    whole = job.model.complete(state.params, frozen.base)
     scores_U = [
-        jax.device_get(job.score(state.params, frozen, place(rows.batch))) for rows in rows_U
+        jax.device_get(job.score(whole, frozen.reference, place(rows.batch))) for rows in rows_U
     ]
     batches = _policy_batches(job, updates, rows_U, scores_U, entropy_coef)
     values = mismatch(
@@ -262,7 +274,7 @@ def _learn(
     found = []
     for _ in range(job.config.num_iterations):
         for batch in batches:
-            state, metrics = job.train_step(state, batch, None)
+            state, metrics = job.train_step(state, batch, frozen.base)
             found.append(metrics)
     found = jax.device_get(found)
     if found[-1]["nonfinite"] >= job.config.max_nonfinite:

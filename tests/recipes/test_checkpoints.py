@@ -21,6 +21,7 @@ def test_a_value_head_is_taken_along_where_the_model_has_one(tmp_path, saved, wa
     zero = jnp.int32(0)
     state = TrainState(step=zero, params=params, opt=(), key=jax.random.key(0), nonfinite=zero)
     folder = tmp_path / "checkpoints" / "rl"
+    (tmp_path / "config.json").write_text("{}")
     with Store(folder) as store:
         store.save(3, {"state": state, "data": {}, "host": {}}, wait=True)
     model = tiny_model(value_head=wanted)
