@@ -44,7 +44,7 @@ class LoraConfig:
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
             raise ValueError(
-                f"train.lora.targets holds {unknown[0] if unknown else 'nothing'!r}; "
+                f"train.lora.targets holds {repr(unknown[0]) if unknown else 'nothing'}; "
                 f"known: {', '.join(TARGETS)}"
             )
 
