@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 compared = compare(args.a, args.b, on_progress)
                 result = _described(compared)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a path that may not be read or written
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     width = None if sys.stdout.isatty() else 160  # a file has room for whole names

@@ -138,9 +138,8 @@ class Checkpoint:
         return self._with_new_tokens(model, own, params)
 
     def _load_run(self, model: LanguageModel, checkpoints, dtype) -> Params:
-        folder = checkpoints(self.stage)
-        if self.directory is not None:
-            folder = self.directory / "checkpoints" / self.stage
+        other = self.directory and self.directory / "checkpoints" / self.stage
+        folder = other or checkpoints(self.stage)
         restore = lambda wanted: restore_params(folder, wanted, self.step, ("value_head",))
         section = _stage_section(folder.parents[1], self.stage)
         lora = LoraConfig(**section.get("train", {}).get("lora", {}))

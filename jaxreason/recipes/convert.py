@@ -14,12 +14,14 @@ from jaxreason.checkpoint.safetensors_files import INDEX, write_json
 from jaxreason.checkpoint.store import Store, restore_params
 from jaxreason.checkpoint.whole_folder import written_whole
 from jaxreason.model.config import DecoderConfig
+from jaxreason.model.decoder import LanguageModel
 from jaxreason.recipes import checkpoints
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.text.tokenizer import load_tokenizer
 from jaxreason.types import Params, TrainState
 
 STAGE = "imported"
+_TOKENIZER = "tokenizer_config.json"  # which no tokenizer's folder lacks
 
 
 def import_checkpoint(
@@ -36,7 +38,7 @@ def import_checkpoint(
     start = checkpoints.parse(source)
     if start.kind != "hf":
         raise ValueError(f"{source!r} is no Hugging Face directory and no hf://ORG/NAME[@REV]")
-    if (start.directory / "tokenizer_config.json").is_file():
+    if (start.directory / _TOKENIZER).is_file():
         start.tokenizer()  # raises where it is another model's
     config, params = hf.import_hf(start.directory, dtype=None, on_progress=on_progress)
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -66,7 +68,7 @@ def export_checkpoint(
     dtype: str | None = None,
     on_progress: hf.OnProgress = lambda *_: None,
 ) -> dict[str, Any]:
-    """WORKDIR[@STAGE[@STEP]] as a Hugging Face directory.
+    """WORKDIR[@STAGE[@STEP]] as a Hugging Face directory, adapters merged.
 
     Args:
       dtype: of the written weights; None: as they are stored, float32 for what was trained here.
@@ -78,7 +80,7 @@ def export_checkpoint(
         raise ValueError(f"{source!r} names no folder; give WORKDIR[@STAGE[@STEP]]")
     config = start.architecture()
     params = _load(start, config)
-    folder = start.directory if start.kind == "hf" else start.directory / "tokenizer"
+    folder = _tokenizer_folder(start)
     hf.export_hf(
         out,
         config,
@@ -100,26 +102,41 @@ def _save(workdir: pathlib.Path, params: Params) -> None:
 
 
 def _load(start: Checkpoint, config: DecoderConfig) -> Params:
-    """Each leaf in the dtype that it is stored in."""
+    """Each leaf in the dtype that it is stored in; adapters merged into their base."""
     if start.kind == "hf":
         return hf.import_hf(start.directory, dtype=None)[1]
-    dtypes, shapes = start.dtypes(), hf_names.shapes(config)
+    dtypes = start.dtypes() if start.kind == "run" else {}
+    if not dtypes:
+        model = LanguageModel(config, valid_vocab=_num_tokens(start))
+        return start.load(model, lambda stage: start.directory / "checkpoints" / stage)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        dtype = jnp.dtype(dtypes.get(name, leaf.dtype))
+        dtype = jnp.dtype(dtypes[jax.tree_util.keystr(path, simple=True, separator="/")])
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
 
     folder = start.directory / "checkpoints" / start.stage
-    wanted = jax.tree_util.tree_map_with_path(abstract, shapes)
-    return restore_params(folder, wanted, start.step, optional=("value_head",))
+    wanted = jax.tree_util.tree_map_with_path(abstract, hf_names.shapes(config))
+    return restore_params(folder, wanted, start.step)
+
+
+def _tokenizer_folder(start: Checkpoint) -> pathlib.Path:
+    if start.kind == "run":
+        return start.directory / "tokenizer"
+    if start.base is not None and not (start.directory / _TOKENIZER).is_file():
+        return _tokenizer_folder(start.base)
+    return start.directory
+
+
+def _num_tokens(start: Checkpoint) -> int | None:
+    folder = _tokenizer_folder(start)
+    return load_tokenizer(folder).vocab_size if (folder / _TOKENIZER).is_file() else None
 
 
 def _generation(start: Checkpoint, folder: pathlib.Path) -> dict[str, Any]:
     """As the run left it; of a run before it did, the tokenizer's ends."""
     said = start.generation()
-    if "eos_token_id" in said or not (folder / "tokenizer_config.json").is_file():
+    if "eos_token_id" in said or not (folder / _TOKENIZER).is_file():
         return said
     tokenizer = load_tokenizer(folder)
     return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, **said}
@@ -128,7 +145,7 @@ def _generation(start: Checkpoint, folder: pathlib.Path) -> dict[str, Any]:
 def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     """Every small file that belongs to a tokenizer or a chat template, as it is."""
     target.mkdir(exist_ok=True)
-    own = {"config.json", INDEX}
+    own = {"config.json", INDEX, "adapter_config.json"}
     if (target / GENERATION).exists():  # the export's own
         own.add(GENERATION)
     patterns = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")

@@ -93,7 +93,8 @@ def stage_config() -> dict:
     """The keys of one stage: at the top of a `fit` config, under `stages.NAME` otherwise."""
     return {
         "kind": "fit",
-        "init": {"from": "random"},  # random | HF directory | WORKDIR@STAGE[@STEP] | @STAGE
+        # random | @STAGE | WORKDIR[@STAGE[@STEP]] | Hugging Face directory | hf://ORG/NAME[@REV]
+        "init": {"from": "random"},
         "data": {
             "sources": {},  # entries of source()
             "weights": {},

@@ -315,6 +315,7 @@ def test_what_is_in_the_way_or_is_no_checkpoint_is_refused(convert_hf, imported,
         (["export", tmp_path / "gone", tmp_path / "x"], "gone holds no config.json"),
         (["import", "hf://nobody", tmp_path / "x"], "'hf://nobody' is no repository"),
         (["check", source, tmp_path / "gone"], "gone/config.json is missing"),
+        (["export", ours, tmp_path / "thesis/chapter/x"], "Not a directory"),
     ):
         assert convert_hf([str(argument) for argument in arguments]) == 2
         assert says in capsys.readouterr().err
