@@ -13,8 +13,7 @@ import pytest
 
 from jaxreason import launch
 from jaxreason.data.arithmetic import ArithmeticConfig
-from jaxreason.model.config import preset
-from jaxreason.recipes import assemble, defaults
+from jaxreason.recipes import assemble, checkpoints, defaults
 from jaxreason.recipes.pipeline import stages_of
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,8 +51,7 @@ def test_shipped_config_loads_and_describes_what_can_be_built(name, arg, monkeyp
     assert config.recipe in launch.RECIPES
     if "arithmetic" in config:
         ArithmeticConfig(**config.arithmetic.to_dict())
-    fields = config.model.to_dict()
-    preset(fields.pop("preset"), **{k: v for k, v in fields.items() if v is not None})
+    assemble.architecture(config, checkpoints.parse("random"))
     if config.recipe not in ("evaluate", "generate"):
         # Where the parameters come from is the user's; the rest must stand by itself.
         for section in config.get("stages", {"": config}).values():

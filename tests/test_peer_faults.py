@@ -45,7 +45,7 @@ ENGINE = EngineConfig(slots=4, steps=4)
 
 
 def test_fault_01_rope_theta_is_honoured():
-    """Three bases, three different outputs. Parity at each: tests/checkpoint/test_hf.py."""
+    """Three bases, three different outputs. Parity at each: tests/model/test_families.py."""
     batch = packed_batch([[32]], length=32)
 
     def hidden(theta):
