@@ -80,12 +80,8 @@ class Checkpoint:
             raise ValueError(
                 f"chat.template is 'checkpoint', but init.from is {self.text!r}, which has none"
             )
-        if self.base is not None and not self._has_tokenizer:
-            return self.base.chat_template()
-        if self.kind != "run":
-            return str(self.directory)
-        name = self._run_config()["chat_template"]
-        return name if name in TEMPLATES else str(self._tokenizer_folder)
+        name = self._run_config()["chat_template"] if self.kind == "run" else None
+        return name if name in TEMPLATES else str(self.tokenizer_folder)
 
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError when there is none: random parameters were never given one.
@@ -96,13 +92,19 @@ class Checkpoint:
             raise ValueError(
                 f"tokenizer.kind is 'checkpoint', but init.from is {self.text!r}, which has none"
             )
-        if self.base is not None and not self._has_tokenizer:
-            return self.base.tokenizer()
-        if self.kind == "run":
-            return load_tokenizer(self._tokenizer_folder)
-        loaded = load_tokenizer(self.directory)
-        _check_tokenizer(self.directory, self.architecture(), self.generation(), loaded)
+        loaded = load_tokenizer(self.tokenizer_folder)
+        if self.kind != "run":
+            ids = self.generation()
+            _check_tokenizer(self.tokenizer_folder, self.architecture(), ids, loaded)
         return loaded
+
+    @property
+    def tokenizer_folder(self) -> pathlib.Path:
+        """Where a tokenizer lies if there is one; an adapter may leave that to its base."""
+        own = self.directory / "tokenizer" if self.kind == "run" else self.directory
+        if self.base is None or (own / "tokenizer_config.json").is_file():
+            return own
+        return self.base.tokenizer_folder
 
     def load(self, model: LanguageModel, checkpoints, dtype=jnp.float32) -> Params | None:
         """The parameters, placed where the model wants them; None: random ones.
@@ -174,17 +176,9 @@ class Checkpoint:
 
     def _num_tokens(self, own: DecoderConfig) -> int:
         """Rows of the table that training moved; all of them where no tokenizer lies beside."""
-        if not self._has_tokenizer:
+        if not (self.tokenizer_folder / "tokenizer_config.json").is_file():
             return own.vocab_size
-        return min(load_tokenizer(self._tokenizer_folder).vocab_size, own.vocab_size)
-
-    @property
-    def _tokenizer_folder(self) -> pathlib.Path:
-        return self.directory / "tokenizer" if self.kind == "run" else self.directory
-
-    @property
-    def _has_tokenizer(self) -> bool:
-        return (self._tokenizer_folder / "tokenizer_config.json").is_file()
+        return min(load_tokenizer(self.tokenizer_folder).vocab_size, own.vocab_size)
 
     def _run_config(self) -> dict:
         content = read_json(self.directory / "config.json")

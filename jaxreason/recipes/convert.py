@@ -80,7 +80,7 @@ def export_checkpoint(
         raise ValueError(f"{source!r} names no folder; give WORKDIR[@STAGE[@STEP]]")
     config = start.architecture()
     params = _load(start, config)
-    folder = _tokenizer_folder(start)
+    folder = start.tokenizer_folder
     hf.export_hf(
         out,
         config,
@@ -120,16 +120,8 @@ def _load(start: Checkpoint, config: DecoderConfig) -> Params:
     return restore_params(folder, wanted, start.step)
 
 
-def _tokenizer_folder(start: Checkpoint) -> pathlib.Path:
-    if start.kind == "run":
-        return start.directory / "tokenizer"
-    if start.base is not None and not (start.directory / _TOKENIZER).is_file():
-        return _tokenizer_folder(start.base)
-    return start.directory
-
-
 def _num_tokens(start: Checkpoint) -> int | None:
-    folder = _tokenizer_folder(start)
+    folder = start.tokenizer_folder
     return load_tokenizer(folder).vocab_size if (folder / _TOKENIZER).is_file() else None
 
 
