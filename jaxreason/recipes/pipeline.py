@@ -81,6 +81,10 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     describe(config, workdir, model, tokenizer, trained[0].length)
     workdir.describe(trained_parameters={name: m.num_params for name, m in models.items()})
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")
+    for stage in trained:
+        if stage.lora is not None:
+            number, rank = models[stage.name].num_params, stage.lora.rank
+            progress.say(f"{stage.name}: {number:,} parameters of adapters of rank {rank}")
 
     # --- training ---------------------------------------------------------------------------------
     writer = MetricsWriter(workdir.path)
