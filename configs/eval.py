@@ -1,11 +1,11 @@
-"""Score a checkpoint of ours or a Hugging Face Qwen3.
+"""Score any checkpoint.
 
   python -m jaxreason.launch --config=eval --config.init.from=DIR              GSM8K test
   python -m jaxreason.launch --config=eval:arithmetic --config.init.from=DIR   arithmetic probe
   python -m jaxreason.launch --config=eval:smoke                               random weights
 
-DIR is a Hugging Face directory or WORKDIR@STAGE[@STEP], e.g. runs/quickstart@sft_cot. Model shape,
-tokenizer and chat template come from there.
+DIR is a Hugging Face directory, hf://ORG/NAME, a PEFT adapter or WORKDIR[@STAGE[@STEP]], e.g.
+runs/quickstart@sft_cot. Model shape, tokenizer and chat template come from there.
 
 :arithmetic is the error-accumulation probe of the long-CoT study (Luo et al., EMNLP 2025, section
 1.3 of its setup): 5 to 15 operations over integers 1 to 100, every intermediate result an integer,

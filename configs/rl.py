@@ -3,7 +3,7 @@
   python -m jaxreason.launch --config=rl              arithmetic, from the quickstart's sft_cot
   python -m jaxreason.launch --config=rl:countdown    three numbers, one target: SFT, then RL
   python -m jaxreason.launch --config=rl:gsm8k        GSM8K, Qwen3's tokenizer: SFT, then RL
-  python -m jaxreason.launch --config=rl:hf --config.init.from=DIR     GSM8K, Hugging Face Qwen3
+  python -m jaxreason.launch --config=rl:hf --config.init.from=DIR     GSM8K, any checkpoint
   python -m jaxreason.launch --config=rl:smoke        random weights, under a minute
 
 The algorithm is --config.train.algorithm (stages.rl.train.algorithm where there are stages): grpo,
