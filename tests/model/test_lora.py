@@ -22,6 +22,7 @@ from tiny_models import (
 from jaxreason.model import lora as lora_lib
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.layer import multiplier
 from jaxreason.model.lora import LoraConfig
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import make_mesh
@@ -135,6 +136,9 @@ def test_a_base_in_bf16_multiplies_as_the_same_numbers_in_float32():
     jitter = lambda p: p + 0.2 * jax.random.normal(jax.random.key(2), p.shape)
     half = jax.tree.map(lambda p: jitter(p).astype(lora_lib.BASE_DTYPE), params)
     full = jax.tree.map(lambda p: p.astype(jnp.float32), half)
+    # By itself, because XLA may leave a rounding out where it fuses the sum with what follows.
+    norm = multiplier(model.config, half["final_norm"])
+    np.testing.assert_array_equal(norm, 1 + np.asarray(full["final_norm"]))
     run = jax.jit(lambda base: hidden(model, model.complete(adapters(), base)))
     assert_trees_close(run(half), run(full), 1e-6)
     merged = model.merge(model.complete(adapters(), half))
