@@ -5,7 +5,8 @@
   python -m jaxreason.launch --config=generate:smoke < FILE        random weights
 
 DIR is a Hugging Face directory, hf://ORG/NAME, a PEFT adapter or WORKDIR[@STAGE[@STEP]], e.g.
-runs/quickstart@sft_cot. Model shape, tokenizer and chat template come from there. No workdir is made.
+runs/quickstart@sft_cot. Model shape, tokenizer and chat template come from there. No
+workdir is made.
 
 On the terminal a line is a question, and its answer appears as it is sampled, the thinking dim.
 /think 256 limits the thinking, /reset begins anew, /quit ends. A question goes through
