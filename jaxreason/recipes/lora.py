@@ -1,7 +1,10 @@
 """LoRA in a stage: what is asked for, its model, the base that it reads, the adapter it leaves."""
 
+from __future__ import annotations
+
 import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -11,8 +14,11 @@ from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import BASE_DTYPE, LoraConfig
 from jaxreason.types import Params
 
+if TYPE_CHECKING:  # it imports this file
+    from jaxreason.recipes.checkpoints import Checkpoint
 
-def plan(section: ConfigDict, start) -> LoraConfig | None:
+
+def plan(section: ConfigDict, start: Checkpoint) -> LoraConfig | None:
     """`train.lora` of a stage; None where the weights themselves are trained.
 
     Raises ValueError naming key and value for what cannot be, and for adapters to random weights.
@@ -42,7 +48,7 @@ def adapted(
 
 def frozen_base(
     lora: LoraConfig | None,
-    start,
+    start: Checkpoint,
     model: LanguageModel,
     checkpoints: Callable[[str], pathlib.Path],
 ) -> Params | None:
@@ -53,7 +59,9 @@ def frozen_base(
     return None if lora is None else start.load(model, checkpoints, BASE_DTYPE)
 
 
-def export(model: LanguageModel, folder: pathlib.Path, start, target: pathlib.Path) -> None:
+def export(
+    model: LanguageModel, folder: pathlib.Path, start: Checkpoint, target: pathlib.Path
+) -> None:
     """The adapters of the newest checkpoint of `folder`, as PEFT reads them.
 
     Args:
@@ -63,8 +71,13 @@ def export(model: LanguageModel, folder: pathlib.Path, start, target: pathlib.Pa
     export_peft(target, model.lora, model.config, adapters, _base_name(start, folder.parents[1]))
 
 
-def _base_name(start, workdir: pathlib.Path) -> tuple[str | None, str | None]:
-    """(base_model_name_or_path, revision): of a run of ours, what it exported, if it did."""
+def _base_name(start: Checkpoint, workdir: pathlib.Path) -> tuple[str | None, str | None]:
+    """(base_model_name_or_path, revision): of a run of ours, what it exported, if it did.
+
+    None where no folder holds the base: what began from an adapter has it merged.
+    """
+    if start.kind == "adapter":
+        return None, None
     if start.kind == "run":
         exported = ((start.directory or workdir) / "hf" / start.stage).absolute()
         return (str(exported) if exported.is_dir() else None), None

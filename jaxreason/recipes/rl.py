@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -262,22 +262,6 @@ def run_stage(run: Run, stage: RLStage) -> None:
     encode = evaluation.prompt_encoder(config, run.tokenizer)
     key = assemble.stage_key(config.seed, stage.name)
 
-    @functools.cache  # of adapters it is the reference too
-    def base() -> Params | None:
-        return lora.frozen_base(stage.lora, stage.start, run.model, workdir.checkpoints)
-
-    def params() -> Params | None:
-        if stage.lora is not None:
-            return None
-        loaded = stage.start.load(model, workdir.checkpoints)
-        return None if loaded is None else model.with_value_head(loaded)
-
-    def reference() -> Params:
-        if stage.lora is not None:
-            return base()
-        loaded = stage.start.load(run.model, workdir.checkpoints)
-        return run.model.init(key) if loaded is None else loaded
-
     store = Store(workdir.checkpoints(stage.name), keep=config.run.keep)
     with store, assemble.rewards(config, stage.rewards) as reward:
         collector = Collector(
@@ -317,12 +301,32 @@ def run_stage(run: Run, stage: RLStage) -> None:
             seed=config.seed,
             evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
         )
-        wanted = reference if stage.algorithm.needs_reference else None
-        _, tokens = train(job, key, params, wanted, base)
+        _, tokens = train(job, key, *_begins(run, stage, model, key))
     seconds = round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0)
     records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
     content = {"steps": stage.steps, "tokens": int(tokens), **_outcome(records)}
     workdir.mark(stage.name, content | {"seconds": seconds})
+
+
+def _begins(
+    run: Run, stage: RLStage, model: LanguageModel, key: jax.Array
+) -> tuple[Callable[[], Params | None], Callable[[], Params] | None, Callable | None]:
+    """What makes the first parameters, the reference and the base, as train.rl.train takes them."""
+    checkpoints = run.workdir.checkpoints
+    if stage.lora is not None:
+        load = lambda: lora.frozen_base(stage.lora, stage.start, run.model, checkpoints)
+        base = functools.cache(load)  # it is the reference too
+        return lambda: None, base if stage.algorithm.needs_reference else None, base
+
+    def params() -> Params | None:
+        loaded = stage.start.load(model, checkpoints)
+        return None if loaded is None else model.with_value_head(loaded)
+
+    def reference() -> Params:
+        loaded = stage.start.load(run.model, checkpoints)
+        return run.model.init(key) if loaded is None else loaded
+
+    return params, reference if stage.algorithm.needs_reference else None, None
 
 
 def _outcome(records: Sequence[dict]) -> dict:

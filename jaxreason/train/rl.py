@@ -124,19 +124,8 @@ def train(
     config = job.config
 
     # --- state: the newest checkpoint, or a fresh one ---------------------------------------------
-    if job.store.latest() is None:
-        state = state_lib.create(job.model, job.optimizer, key, params())
-        done, pending = 0, None
-        host = {"tokens": 0.0, "skipped": 0, "entropy_coef": config.entropy_coef}
-        host["entropy_applied"] = config.entropy_coef
-    else:
-        done, items = job.store.restore(state_lib.abstract(job.model, job.optimizer))
-        state, host = items["state"], items["host"]
-        job.collector.prompts.set_state(items["data"])
-        pending = Rollout.from_json(host["pending"]) if host["pending"] else None
-        job.progress.say(f"{job.stage}: resumed from step {done}")
-    job.writer.cut(job.stage, done)
-    _cut_samples(job, done)
+    done, state, host = _begin(job, key, params)
+    pending = Rollout.from_json(host["pending"]) if host["pending"] else None
     frozen = Frozen(reference and reference(), base and base())
     whole = lambda params: job.model.complete(params, frozen.base)
 
@@ -189,6 +178,26 @@ def train(
                     raise Terminated
     job.progress.stop()
     return state, host["tokens"]
+
+
+def _begin(
+    job: RL, key: jax.Array, params: Callable[[], Params | None]
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """(steps done, state, what the host keeps); prompts and logs are where those steps end."""
+    if job.store.latest() is None:
+        state = state_lib.create(job.model, job.optimizer, key, params())
+        coefficient = job.config.entropy_coef
+        host = {"tokens": 0.0, "skipped": 0, "pending": None}
+        host |= {"entropy_coef": coefficient, "entropy_applied": coefficient}
+        done = 0
+    else:
+        done, items = job.store.restore(state_lib.abstract(job.model, job.optimizer))
+        state, host = items["state"], items["host"]
+        job.collector.prompts.set_state(items["data"])
+        job.progress.say(f"{job.stage}: resumed from step {done}")
+    job.writer.cut(job.stage, done)
+    _cut_samples(job, done)
+    return done, state, host
 
 
 class _Rollouts:

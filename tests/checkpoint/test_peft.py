@@ -11,7 +11,7 @@ from hf_models import CASES, VOCAB, make
 from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIG, assert_trees_equal
 
-from jaxreason.checkpoint import hf, hf_names, peft
+from jaxreason.checkpoint import hf, hf_names, hub, peft
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import Execution, LanguageModel
 from jaxreason.model.lora import LoraConfig
@@ -221,6 +221,15 @@ def test_a_pickle_is_not_read(tmp_path):
     (tmp_path / peft.WEIGHTS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
         peft.import_peft(tmp_path, TINY)
+
+
+def test_an_adapter_on_the_hub_brings_its_base(tmp_path, monkeypatch):
+    changed(tmp_path, {"base_model_name_or_path": "org/base", "revision": "v1"})
+    places = {"hf://org/tuned@main": tmp_path / "a", "hf://org/base@v1": tmp_path / "base"}
+    monkeypatch.setattr(hub, "resolve", places.__getitem__)
+    start = checkpoints.parse("hf://org/tuned@main")
+    assert (start.kind, start.name, start.directory) == ("adapter", "tuned", tmp_path / "a")
+    assert (start.base.kind, start.base.directory) == ("hf", tmp_path / "base")
 
 
 def test_a_base_that_is_not_there_is_named(tmp_path):
