@@ -53,18 +53,7 @@ def make_train_step(
                 means["aux_loss"] = terms["balance"]  # as TRL calls it
             return sum(c * terms[name] for name, (_, c) in loss.terms.items()), means
 
-        def accumulate(carry, piece):
-            (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, piece)
-            return jax.tree.map(jnp.add, carry, (loss, means, grads)), None
-
-        if microbatches == 1:
-            only = jax.tree.map(lambda x: x[0], pieces)
-            (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, only)
-        else:
-            shapes = jax.eval_shape(mean_loss, state.params, jax.tree.map(lambda x: x[0], pieces))
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes, state.params))
-            (loss, means, grads), _ = jax.lax.scan(accumulate, zeros, pieces)
-
+        (loss, means), grads = _accumulated(mean_loss, state.params, pieces, microbatches)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
         if clip_norm:
@@ -96,6 +85,21 @@ def make_train_step(
     return jax.jit(
         step_fn, donate_argnums=0, out_shardings=out, compiler_options=xla_options or None
     )
+
+
+def _accumulated(mean_loss, params: Params, pieces, microbatches: int):
+    """((loss, means), gradient), summed over the microbatches."""
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+    first = jax.tree.map(lambda x: x[0], pieces)
+    if microbatches == 1:
+        return value_and_grad(params, first)
+
+    def add(sums, piece):
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, piece)), None
+
+    shapes = jax.eval_shape(mean_loss, params, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes, params))
+    return jax.lax.scan(add, zeros, pieces)[0]
 
 
 def _expert_load(model: LanguageModel, whole: Params, pieces) -> jax.Array:
