@@ -2,6 +2,7 @@
 
   python -m jaxreason.launch --config=pretrain           4.2M parameters on public-domain books
   python -m jaxreason.launch --config=pretrain:smoke     the same in under 3 minutes
+  python -m jaxreason.launch --config=pretrain:hf --config.init.from=DIR   goes on from a checkpoint
   python -m jaxreason.launch --config=pretrain:b200      1.5B parameters on one DGX B200 (8 GPUs)
 
 Data: JSONL files with a `text` field under $JAXREASON_DATA (default ../shared/data): text_books/
@@ -24,9 +25,9 @@ from jaxreason.recipes import defaults
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    makers = {"": _books, "smoke": _smoke, "b200": _b200}
+    makers = {"": _books, "smoke": _smoke, "hf": _from_hugging_face, "b200": _b200}
     if arg not in makers:
-        raise ValueError(f"--config=pretrain:{arg}: the argument is nothing, smoke or b200")
+        raise ValueError(f"--config=pretrain:{arg}: the argument is nothing, smoke, hf or b200")
     return makers[arg]()
 
 
@@ -66,6 +67,25 @@ def _smoke() -> ConfigDict:
     c.train.optimizer.update(warmup_steps=5, decay_steps=5)
     c.run.save_every, c.log.every, c.eval.every = 10, 5, 0
     c.eval.sets.books.update(max_batches=4, rows=8, length=128)
+    return c
+
+
+def _from_hugging_face() -> ConfigDict:
+    """The same books, by a model that has read before: its tokenizer, a tenth of its first rate."""
+    c = _books()
+    c.name = "pretrain-hf"
+    c.init["from"] = ""
+    c.tokenizer = defaults.default_config("", "fit").tokenizer
+    c.tokenizer.kind = "checkpoint"
+    c.chat.template = "plain"  # text has no turns
+    c.model = defaults.model_config()
+    c.mesh.remat = "full"
+    c.data.update(rows=64, length=2048)
+    c.train.optimizer.update(
+        name="adamw", learning_rate=2e-5, warmup_steps=20, schedule="cosine", decay_steps=0
+    )
+    c.run.export_dtype = "bfloat16"
+    c.eval.sets.books.update(length=2048)
     return c
 
 

@@ -125,7 +125,7 @@ def _hugging_face(_: bool) -> ConfigDict:
     c = defaults.default_config("rl-hf", "rl")
     c.update(_gsm8k_rl())
     c.init["from"] = ""
-    c.tokenizer.kind = "checkpoint"
+    c.tokenizer.kind = c.chat.template = "checkpoint"
     c.mesh.remat = "full"
     c.rollout.update(num_prompts=64, num_generations=16, max_tokens=1024, slots=1024)
     c.train.update(steps=100, length=2048, updates=4, algorithm="dapo")

@@ -5,6 +5,9 @@
   python -m jaxreason.launch --config=sft:hf --config.init.from=DIR    any Hugging Face model
   python -m jaxreason.launch --config=sft:lora --config.init.from=DIR  the same by LoRA adapters
 
+DIR's own chat template is trained with; a base model that has none wants
+--config.chat.template=qwen3, plain or a .jinja file.
+
 Data: gsm8k/train.jsonl.gz and gsm8k/test.jsonl.gz under $JAXREASON_DATA (default ../shared/data),
 records with `question` and `answer`; the solution before `#### N` becomes the reasoning.
 
@@ -71,6 +74,7 @@ def _from_hugging_face(c: ConfigDict) -> None:
     c.name = "sft-hf"
     c.init["from"] = ""
     c.tokenizer.update(kind="checkpoint", path="")
+    c.chat.template = "checkpoint"
     c.model = defaults.model_config()
     c.mesh.remat = "full"
     c.data.update(rows=64, length=1024, num_shards=8)

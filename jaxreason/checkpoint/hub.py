@@ -37,7 +37,7 @@ def resolve(address: str, *, weights: bool = True) -> pathlib.Path:
             name,
             revision=revision or None,
             allow_patterns=[*_SMALL, *([_WEIGHTS] if weights else [])],
-            ignore_patterns=["*/*"],  # copies in other formats
+            ignore_patterns=["*/*.safetensors", "*/*.json"],  # copies in other formats
         )
     except errors.GatedRepoError:
         raise ValueError(

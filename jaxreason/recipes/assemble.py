@@ -110,7 +110,7 @@ def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokeni
     elif spec.kind == "hf":
         made = load_tokenizer(_one_path(spec.path, "tokenizer.path"))
     elif spec.kind == "checkpoint":
-        made = start.tokenizer()
+        made = start.tokenizer().limited_to(architecture(config, start).vocab_size)
     elif spec.kind == "sentencepiece":
         made = train_sentencepiece(
             _training_texts(spec, workdir.data), partial / "sentencepiece.model", spec.vocab_size
@@ -119,10 +119,29 @@ def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokeni
         raise ValueError(
             f"tokenizer.kind is {spec.kind!r}; it must be bytes, sentencepiece, hf or checkpoint"
         )
+    if spec.kind != "checkpoint":
+        _check_same_tokens(made, start, spec.kind)
     made = chat.fitted(made, template_name(config))
     made.save(partial, chat_template=chat_template(config, made).jinja)
     partial.rename(workdir.tokenizer)
     return made
+
+
+def _check_same_tokens(made: Tokenizer, start: Checkpoint, kind: str) -> None:
+    """Raises ValueError where the parameters were trained with other tokens; more may follow."""
+    if start.directory is None or not (start.tokenizer_folder / "tokenizer_config.json").is_file():
+        return
+    own = load_tokenizer(start.tokenizer_folder)
+    if made.fingerprint() == own.fingerprint():
+        return
+    for token in range(own.vocab_size):
+        there, here = own.decode([token]), made.decode([token]) if token < made.vocab_size else None
+        if there != here:
+            raise ValueError(
+                f"tokenizer.kind is {kind!r}, but init.from = {start.text!r} was trained with "
+                f"other tokens (id {token} is {there!r} there and {here!r} here); set "
+                "tokenizer.kind to checkpoint"
+            )
 
 
 def _one_path(path: str, key: str) -> pathlib.Path:
@@ -187,14 +206,16 @@ def template_name(config: ConfigDict) -> str:
 
 def data_config(config: ConfigDict, stage: ConfigDict) -> DataConfig:
     """`stage.data` as the pipeline takes it; its own ValueErrors name the keys."""
-    fields = stage.data.to_dict()
-    return DataConfig(
-        **fields,
-        chat_template=template_name(config),
-        think_tags=think_tags(config),
-        today=chat_date(config),
-        seed=config.seed,
-    )
+    return DataConfig(**stage.data.to_dict(), **chat_fields(config), seed=config.seed)
+
+
+def chat_fields(config: ConfigDict) -> dict[str, object]:
+    """What DataConfig wants to know of conversations."""
+    return {
+        "chat_template": template_name(config),
+        "think_tags": think_tags(config),
+        "today": chat_date(config),
+    }
 
 
 def from_section(cls, section: ConfigDict | dict):

@@ -77,7 +77,7 @@ def build(
     grade = lambda text, answer: math.grade(text, answer, split)
     for name, spec in config.eval.sets.items():
         if spec.kind == "text":
-            texts[name] = _text_set(name, spec, workdir, tokenizer, model)
+            texts[name] = _text_set(config, name, workdir, tokenizer, model)
         elif spec.kind in ("arithmetic", "jsonl", "prompts"):
             if spec.kind == "prompts":
                 problems, grader = _prompt_problems(name, spec, workdir, config)
@@ -175,14 +175,16 @@ def _prompt_problems(
 
 
 def _text_set(
-    name: str, spec: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, model: LanguageModel
+    config: ConfigDict, name: str, workdir: Workdir, tokenizer: Tokenizer, model: LanguageModel
 ) -> Callable[[Params], dict[str, float]]:
+    spec = config.eval.sets[name]
     data = DataConfig(
         sources={name: {"kind": "jsonl", "path": spec.path, "text_field": spec.text_field}},
         rows=spec.rows,
         length=spec.length,
         packing="concat",
         shuffle=False,
+        **assemble.chat_fields(config),
     )
 
     @jax.jit

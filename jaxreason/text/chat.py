@@ -155,7 +155,8 @@ class ChatTemplate:
             raise ValueError(
                 f"chat template {self.name} renders the first {len(messages)} messages of a "
                 "conversation otherwise than when more follow, so what is learnt would not be what "
-                "is sampled; set chat.template to one that keeps them, as qwen3"
+                "is sampled; set chat.template to a .jinja file that keeps them, or to qwen3 where "
+                "turns end with <|im_end|>"
             )
         return len(beginning)
 
@@ -241,7 +242,8 @@ def _unchecked(
     if not ends:
         raise ValueError(
             f"chat template {template} ends turns with {rest!r}, which has no special token of the "
-            "tokenizer: a sampler could not stop there"
+            "tokenizer: a sampler could not stop there; set chat.template to checkpoint or a "
+            ".jinja file"
         )
     return dataclasses.replace(made, eos=tokenizer.decode(ends[:1]))
 
