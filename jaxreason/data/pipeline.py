@@ -147,14 +147,14 @@ class RecordEncoder:
     template: chat.ChatTemplate
 
     def __call__(self, index: int) -> Example:
-        """The record as a document; after a text comes the end-of-sequence id.
+        """The record as a document; a text begins and ends as the tokenizer's documents do.
 
         Raises:
           ValueError: it is longer than a row, and truncation is "error".
         """
         example = sources_lib.to_example(self.source_config, self.source[index])
         if isinstance(example, sources_lib.TextExample):
-            ids = [*self.tokenizer.encode(example.text), self.tokenizer.eos_id]
+            ids = self.tokenizer.document_ids(example.text)
             ids_T, weights_T = np.array(ids, np.int32), np.ones(len(ids), np.float32)
         else:
             ids_T, weights_T = chat.encode_conversation(
@@ -485,8 +485,9 @@ def evaluation_batches(
     """One epoch in order, or its first batches; the last batch is filled up with empty rows.
 
     Bits per byte are the summed loss of these batches over ln 2 and over `num_bytes`. As the loss,
-    the bytes leave out the first token of each document, which nothing predicts; end-of-sequence
-    tokens have a loss and no bytes. A character cut in two counts to within 2 bytes.
+    the bytes leave out the first token of each document, which nothing predicts: of its text, or
+    the token that begins documents where there is one. Ends of documents have a loss and no bytes.
+    A character cut in two counts to within 2 bytes.
     """
     ordered = dataclasses.replace(config, shuffle=False)
     with contextlib.closing(build(ordered, tokenizer, data_dir, num_epochs=1)) as pipeline:

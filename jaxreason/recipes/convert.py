@@ -107,7 +107,7 @@ def _load(start: Checkpoint, config: DecoderConfig) -> Params:
         return hf.import_hf(start.directory, dtype=None)[1]
     dtypes = start.dtypes() if start.kind == "run" else {}
     if not dtypes:
-        model = LanguageModel(config, valid_vocab=_num_tokens(start))
+        model = LanguageModel(config, valid_vocab=_num_tokens(start, config.vocab_size))
         return start.load(model, lambda stage: start.directory / "checkpoints" / stage)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -120,9 +120,12 @@ def _load(start: Checkpoint, config: DecoderConfig) -> Params:
     return restore_params(folder, wanted, start.step)
 
 
-def _num_tokens(start: Checkpoint) -> int | None:
+def _num_tokens(start: Checkpoint, rows: int) -> int | None:
+    """Of the table's rows; Gemma 3's tokenizer has an entry without one."""
     folder = start.tokenizer_folder
-    return load_tokenizer(folder).vocab_size if (folder / _TOKENIZER).is_file() else None
+    if not (folder / _TOKENIZER).is_file():
+        return None
+    return min(load_tokenizer(folder).vocab_size, rows)
 
 
 def _generation(start: Checkpoint, folder: pathlib.Path) -> dict[str, Any]:

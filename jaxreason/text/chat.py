@@ -78,7 +78,8 @@ class ChatTemplate:
     @property
     def parts_turns(self) -> bool:
         """Whether it tells where a turn ends; the plain template does not, and has room for one."""
-        return self.render_prompt([Message("user", "?")]) != "?"
+        begin = dict(self.specials).get("bos_token", "")
+        return self.render_prompt([Message("user", "?")]) not in ("?", f"{begin}?")
 
     def render_prompt(self, messages: Sequence[Message], thinking: bool = True) -> str:
         """All turns, then what opens the assistant's; `thinking` is the template's to obey."""
@@ -234,7 +235,10 @@ def _unchecked(
     template: str, tokenizer: Tokenizer, tags: ThinkTags, today: datetime.date | None
 ) -> ChatTemplate:
     specials = tuple(sorted(tokenizer.special_tokens.items()))
-    made = ChatTemplate(template, read_template(template, tags), tags, specials, today)
+    text = read_template(template, tags)
+    if template in TEMPLATES and tokenizer.document_start:
+        text = _set("DOCUMENT_START", tokenizer.document_start) + "\n" + text
+    made = ChatTemplate(template, text, tags, specials, today)
     mark = "ANSWER"
     example = [Message("user", "?"), Message("assistant", mark)]
     rest = made.render(example).text.rpartition(mark)[2]
@@ -252,9 +256,13 @@ def read_template(template: str, tags: ThinkTags = DEFAULT_TAGS) -> str:
     """The Jinja of a template as `template_for` takes it. Raises ValueError where there is none."""
     if template in TEMPLATES:
         values = {"OPEN_TAG": tags.open, "CLOSE_TAG": tags.close}
-        settings = (f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items())
+        settings = (_set(name, value) for name, value in values.items())
         return "\n".join([*settings, TEMPLATES[template]])
     return _read_template(pathlib.Path(template))
+
+
+def _set(name: str, value: str) -> str:
+    return f"{{%- set {name} = {json.dumps(value)} -%}}"
 
 
 def _read_template(path: pathlib.Path) -> str:
@@ -414,6 +422,9 @@ _QWEN3_JINJA = r"""
 """
 
 _PLAIN_JINJA = r"""
+{%- if DOCUMENT_START is defined and messages -%}
+    {{- DOCUMENT_START -}}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message.role == "assistant" -%}
         {%- if message.reasoning_content is string -%}
@@ -426,7 +437,8 @@ _PLAIN_JINJA = r"""
 {%- endfor -%}
 """
 
-# Jinja that reads OPEN_TAG and CLOSE_TAG, which `read_template` sets.
+# Jinja that reads OPEN_TAG and CLOSE_TAG, which `read_template` sets, and DOCUMENT_START, set where
+# a tokenizer has one.
 TEMPLATES: dict[str, str] = {
     # ChatML as Qwen3 is trained on it: arXiv 2505.09388, and huggingface/trl's training template,
     # which unlike the stock one keeps the think blocks of earlier turns.

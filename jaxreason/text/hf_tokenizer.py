@@ -29,6 +29,7 @@ class HFTokenizer:
     files: tuple[tuple[str, bytes], ...] = dataclasses.field(default=(), repr=False)
     turn_end: str | None = None  # where that is not the eos_token of the configuration
     generation_ends: tuple[int, ...] = ()  # ids that end a generation, of generation_config.json
+    rows: int | None = None  # of an embedding table without one for every added token
 
     @functools.cached_property
     def _tokenizer(self):
@@ -73,7 +74,8 @@ class HFTokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        entries = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        return entries if self.rows is None else min(entries, self.rows)
 
     @functools.cached_property
     def eos_id(self) -> int:
@@ -101,6 +103,33 @@ class HFTokenizer:
             raise ValueError(f"turns cannot end with {token!r}: tokenizer.json has no such token")
         return dataclasses.replace(self, turn_end=token)
 
+    def limited_to(self, rows: int) -> "HFTokenizer":
+        if self.rows is not None:
+            return dataclasses.replace(self, rows=None).limited_to(rows)
+        if self.vocab_size <= rows:
+            return self
+        needed = {self.eos_id, self.pad_id, *self.stop_ids}
+        needed |= {self._named("bos_token")} if "bos_token" in self.special_tokens else set()
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        needed |= {*vocab.values()} - {*self._tokenizer.get_added_tokens_decoder()}
+        if max(needed) >= rows:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} entries, the embedding table {rows} rows"
+            )
+        return dataclasses.replace(self, rows=rows)
+
+    @functools.cached_property
+    def document_start(self) -> str:
+        bos = self.special_tokens.get("bos_token", "")
+        first = self._tokenizer.encode("x", add_special_tokens=True).ids[:1]
+        by_itself = first == [self._tokenizer.token_to_id(bos)]
+        return bos if by_itself or self._settings.get("add_bos_token") else ""
+
+    def document_ids(self, text: str) -> list[int]:
+        start = [self._named("bos_token")] if self.document_start else []
+        end = self._named("eos_token") if "eos_token" in self.special_tokens else self.eos_id
+        return [*start, *self.encode(text), end]
+
     def _named(self, key: str) -> int:
         text = self.special_tokens.get(key)
         token_id = self._tokenizer.token_to_id(text) if text else None
@@ -112,7 +141,14 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         text.encode()  # refuses lone surrogates as ValueError; tokenizers would raise TypeError
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self.rows is not None and ids and max(ids) >= self.rows:
+            raise ValueError(
+                f"a text holds {self._tokenizer.id_to_token(max(ids))!r}, which is token "
+                f"{max(ids)}, and the embedding table has {self.rows} rows: leave it out, or set "
+                f"model.vocab_size to {max(ids) + 1} or more"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -128,9 +164,10 @@ class HFTokenizer:
         files = dict(self.files)
         if chat_template is not None:
             files |= _named_templates(config.pop("chat_template", None))
+        marker = {"turn_end": self.turn_end, "ends": self.generation_ends, "rows": self.rows}
         write_tokenizer(
             directory,
-            {"kind": "huggingface", "turn_end": self.turn_end, "ends": self.generation_ends},
+            {"kind": "huggingface", **marker},
             {**files, "tokenizer.json": self.definition.encode(), **config_file(config)},
             chat_template,
         )
@@ -155,6 +192,7 @@ def load_hf_tokenizer(folder: pathlib.Path, marker: Mapping[str, Any]) -> HFToke
         tuple((name, path.read_bytes()) for name, path in files.items()),
         marker.get("turn_end"),
         tuple(marker["ends"] if "ends" in marker else _generation_ends(folder)),
+        marker.get("rows"),
     )
 
 

@@ -59,11 +59,28 @@ class Tokenizer(Protocol):
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and others by the names that chat templates have for them."""
 
+    @property
+    def document_start(self) -> str:
+        """The token that begins every document, as where a published model has one; or empty."""
+
     def ending_with(self, token: str) -> "Tokenizer":
         """The same with `token` as the end of a turn. Raises ValueError where that cannot be."""
 
+    def limited_to(self, rows: int) -> "Tokenizer":
+        """The same for an embedding table of so many rows: it refuses texts with a token beyond.
+
+        Gemma 3 is published so, with an added token for images and no row for it. Raises ValueError
+        where anything else is beyond: an entry that is not an added token, an end or padding.
+        """
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises ValueError where it holds what UTF-8 cannot (a lone surrogate)."""
+
+    def document_ids(self, text: str) -> list[int]:
+        """Ids of a text that stands alone, with what the tokenizer begins and ends documents by.
+
+        A published tokenizer's own end of text, however turns end. Raises ValueError as `encode`.
+        """
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ids; bytes that are no valid UTF-8 become U+FFFD."""
@@ -88,6 +105,7 @@ class ByteTokenizer:
     eos_id = 256 + specials.index(TURN_END)
     special_ids = frozenset(256 + i for i, token in enumerate(specials) if token in CONTROL)
     stop_ids = ()
+    document_start = ""
     special_tokens: ClassVar[dict[str, str]] = {"eos_token": TURN_END, "pad_token": PAD}
 
     _bytes_of = (*(bytes([b]) for b in range(256)), *(token.encode() for token in specials))
@@ -114,8 +132,14 @@ class ByteTokenizer:
     def id_of(self, token: str) -> int | None:
         return _only(self.encode(token))
 
+    def document_ids(self, text: str) -> list[int]:
+        return [*self.encode(text), self.eos_id]
+
     def ending_with(self, token: str) -> "ByteTokenizer":
         return _as_it_ends(self, token)
+
+    def limited_to(self, rows: int) -> "ByteTokenizer":
+        return _as_it_fits(self, rows)
 
     def save(self, directory: str | pathlib.Path, chat_template: str | None = None) -> None:
         files = {"tokenizer.json": _byte_level_json(self.specials).encode()}
@@ -136,6 +160,7 @@ class SentencePieceTokenizer:
     model: bytes = dataclasses.field(repr=False)  # the serialised ModelProto
 
     stop_ids = ()
+    document_start = ""
     special_tokens: ClassVar[dict[str, str]] = {"eos_token": TURN_END, "pad_token": PAD}
 
     @functools.cached_property
@@ -196,8 +221,14 @@ class SentencePieceTokenizer:
     def id_of(self, token: str) -> int | None:
         return _only(self.encode(token))
 
+    def document_ids(self, text: str) -> list[int]:
+        return [*self.encode(text), self.eos_id]
+
     def ending_with(self, token: str) -> "SentencePieceTokenizer":
         return _as_it_ends(self, token)
+
+    def limited_to(self, rows: int) -> "SentencePieceTokenizer":
+        return _as_it_fits(self, rows)
 
     def save(self, directory: str | pathlib.Path, chat_template: str | None = None) -> None:
         definition = _sentencepiece_json(self._processor).encode()
@@ -371,4 +402,12 @@ def _only(ids: list[int]) -> int | None:
 def _as_it_ends(tokenizer: Tokenizer, token: str) -> Tokenizer:
     if tokenizer.id_of(token) != tokenizer.eos_id:
         raise ValueError(f"turns cannot end with {token!r}; this tokenizer has {TURN_END!r} for it")
+    return tokenizer
+
+
+def _as_it_fits(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the embedding table {rows} rows"
+        )
     return tokenizer

@@ -12,6 +12,9 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 FAMILIES = ("qwen3", "qwen2.5", "llama3", "gemma3")
+IMAGE = (
+    "<image_soft_token>"  # Gemma 3's 262,145th token; the tables of 1B and 270M have 262,144 rows
+)
 
 # ---------------------------------------------------------------------------------------- templates
 
@@ -185,6 +188,7 @@ def _gemma3(shared_data: pathlib.Path):
     added = lambda token, special: tokenizers.AddedToken(token, special=special, normalized=False)
     made.add_special_tokens([added(token, True) for token in specials + turns])
     made.add_tokens([added(token, False) for token in runs])
+    made.add_special_tokens([added(IMAGE, True)])  # last, and without a row: `rows`
     made.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", 2)]
     )
@@ -192,7 +196,9 @@ def _gemma3(shared_data: pathlib.Path):
         "added_tokens_decoder": {
             str(vocab[token]): _fields(token, token not in runs)
             for token in specials + turns + runs
-        },
+        }
+        | {str(made.token_to_id(IMAGE)): _fields(IMAGE)},
+        "image_token": IMAGE,
         "add_bos_token": True,
         "bos_token": "<bos>",
         "eos_token": {"__type": "AddedToken", **_fields("<eos>")},

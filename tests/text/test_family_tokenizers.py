@@ -150,6 +150,99 @@ def test_a_tokenizer_that_cannot_end_the_templates_turns_is_one_line(pairs, tmp_
         chat.fitted(ByteTokenizer(), str(tmp_path / "ends.jinja"))
 
 
+# ------------------------------------------------------------------------------------- a document
+
+OWN_END = {"gemma3": "<eos>", "llama3": "<|eot_id|>"}
+
+
+@FAMILIES
+def test_a_document_is_what_transformers_makes_of_a_text_and_its_own_end(
+    pairs, folders, family, tmp_path
+):
+    """Also where turns end otherwise, and where the run's tokenizer was saved and read again."""
+    ours, theirs = pairs[family]
+    template = str(folders[family])
+    fitted = chat.fitted(ours, template)
+    fitted.save(tmp_path, chat.template_for(template, fitted).jinja)
+    assert theirs.eos_token == OWN_END.get(family, "<|im_end|>")
+    for text in AWKWARD:
+        expected = [*theirs(text, add_special_tokens=True)["input_ids"], theirs.eos_token_id]
+        for tokenizer in (ours, fitted, load_tokenizer(tmp_path)):
+            assert tokenizer.document_ids(text) == expected
+    begins = {"gemma3": "<bos>", "llama3": "<|begin_of_text|>"}
+    assert ours.document_start == begins.get(family, "")
+
+
+def test_a_base_models_documents_end_as_it_was_trained(folders, tmp_path):
+    """Qwen3-Base on ChatML, Llama 3 base on plain: <|endoftext|> and <|end_of_text|>."""
+    for family, template, end in (
+        ("qwen3", "qwen3", "<|endoftext|>"),
+        ("llama3", "plain", "<|end_of_text|>"),
+    ):
+        base = tmp_path / family
+        base.mkdir()
+        config = json.loads((folders[family] / "tokenizer_config.json").read_text())
+        (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": end}))
+        (base / "tokenizer.json").write_bytes((folders[family] / "tokenizer.json").read_bytes())
+        fitted = chat.fitted(load_tokenizer(base), template)
+        assert fitted.decode(fitted.document_ids("x")[-1:]) == end
+    assert fitted.eos_id == fitted.document_ids("x")[-1]
+
+
+def test_our_own_documents_have_no_start():
+    ours = ByteTokenizer()
+    assert ours.document_ids("ab<|im_end|>") == [97, 98, 258, 258]
+    assert chat.template_for("plain", ours).render_prompt([chat.Message("user", "?")]) == "?"
+
+
+@FAMILIES
+def test_the_plain_template_begins_as_a_document(pairs, family):
+    """Once, in prompt and completion alike, and it still tells no turns."""
+    transformers_ids = lambda text: pairs[family][1](text)["input_ids"]
+    ours = chat.fitted(pairs[family][0], "plain")
+    plain = chat.template_for("plain", ours)
+    turns = [chat.Message("user", "Why?"), chat.Message("assistant", " So.")]
+    assert chat.encode_prompt(ours, plain, turns[:1]) == transformers_ids("Why?")
+    ids, weights = chat.encode_conversation(ours, plain, turns)
+    assert ids.tolist() == [*transformers_ids("Why?"), *ours.encode(" So."), ours.eos_id]
+    assert weights.sum() == len(ours.encode(" So.")) + 1
+    assert plain.render_completion(turns[1]) == " So." + ours.decode([ours.eos_id])
+    assert not plain.parts_turns
+
+
+# ------------------------------------------------------------------------ a table with fewer rows
+
+
+def test_an_added_token_without_a_row_is_refused_in_texts_alone(pairs, folders, tmp_path):
+    whole = chat.fitted(pairs["gemma3"][0], str(folders["gemma3"]))
+    rows = whole.vocab_size - 1
+    limited = whole.limited_to(rows)
+    assert whole.id_of(families.IMAGE) == rows == limited.vocab_size
+    limited.save(tmp_path)
+    for tokenizer in (limited, load_tokenizer(tmp_path)):
+        assert tokenizer.encode("a <table>") == whole.encode("a <table>")
+        assert tokenizer.limited_to(rows + 1).encode(families.IMAGE) == [rows]
+        says = (
+            rf"'{families.IMAGE}', which is token {rows}, and the embedding table has {rows} rows"
+        )
+        for encode in (tokenizer.encode, tokenizer.document_ids):
+            with pytest.raises(ValueError, match=says):
+                encode(f"see {families.IMAGE}")
+    with pytest.raises(
+        ValueError, match=rf"has {rows + 1} entries, the embedding table {rows - 1}"
+    ):
+        limited.limited_to(rows - 1)  # there a word of the base vocabulary would be beyond
+
+
+def test_what_ends_or_pads_needs_a_row(pairs):
+    """Llama 3's special tokens are all added ones, after every word."""
+    llama = pairs["llama3"][0]
+    kept = 1 + max(llama.eos_id, *llama.stop_ids)
+    assert llama.limited_to(kept).vocab_size == kept < llama.vocab_size
+    with pytest.raises(ValueError, match="entries, the embedding table"):
+        llama.limited_to(kept - 1)
+
+
 # --------------------------------------------------------------------------------------- the folder
 
 
