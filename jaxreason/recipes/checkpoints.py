@@ -307,11 +307,10 @@ def _check_tokenizer(
     directory: pathlib.Path, own: DecoderConfig, ids: dict[str, Any], tokenizer: Tokenizer
 ) -> None:
     """Raises ValueError where the weights cannot have been trained with this tokenizer."""
-    if tokenizer.vocab_size > own.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries, the embedding table "
-            f"{own.vocab_size} rows; it is another model's"
-        )
+    try:
+        tokenizer.limited_to(own.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}; it is another model's") from error
     ends = {*tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id}
     for key in ("eos_token_id", "pad_token_id"):
         given = ids.get(key)
