@@ -8,7 +8,8 @@ Source: the format as peft 0.21 writes and reads it (huggingface.co/docs/peft, "
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,6 +61,12 @@ def base_of(directory: pathlib.Path) -> tuple[str, str | None]:
     return base, settings.get("revision")
 
 
+def settings_of(directory: pathlib.Path) -> dict[str, Any]:
+    """What adapter_config.json says of the adapter itself: all but where its base lies."""
+    settings = read_json(directory / CONFIG)
+    return {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision")}
+
+
 # --- import ---------------------------------------------------------------------------------------
 
 
@@ -81,7 +88,7 @@ def import_peft(directory: pathlib.Path, config: DecoderConfig) -> tuple[LoraCon
     expected = _names(lora, config)
     problems = [f"duplicate {name}" for name in duplicates] + _misfits(expected, found)
     if problems:
-        raise ValueError(f"{directory / WEIGHTS} does not fit {CONFIG}: {'; '.join(problems)}")
+        raise ValueError(f"{directory / WEIGHTS} does not fit its base: {'; '.join(problems)}")
     shapes = LanguageModel(config, lora=lora).shapes["lora"]["layers"]
     adapters = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     for name, (weight, part, layer, _) in expected.items():
@@ -152,12 +159,16 @@ def _misfits(expected: Mapping, found: Mapping[str, Tensor]) -> list[str]:
     problems = [f"missing {name}" for name in hf_names.brief(n for n in expected if n not in found)]
     unknown = sorted(name for name in found if name not in expected)
     problems += [f"unknown {name}" for name in hf_names.brief(unknown)]
-    for name, (*_, shape) in expected.items():
-        tensor = found.get(name)
-        if tensor is not None and tensor.shape != shape:
-            problems.append(f"{name} has shape {tensor.shape}, not {shape}")
-        if tensor is not None and tensor.kind not in FLOATS:
-            problems.append(f"{name} has dtype {tensor.kind}, not one of {', '.join(FLOATS)}")
+    alike: dict[str, list[str]] = {}
+    for name in (name for name in expected if name in found):
+        shape, tensor = expected[name][-1], found[name]
+        if tensor.shape != shape:
+            alike.setdefault(f"shape {tensor.shape}, not {shape}", []).append(name)
+        if tensor.kind not in FLOATS:
+            floats = f"dtype {tensor.kind}, not one of {', '.join(FLOATS)}"
+            alike.setdefault(floats, []).append(name)
+    for problem, names in alike.items():
+        problems += [f"{name} has {problem}" for name in hf_names.brief(names)]
     return problems
 
 
@@ -170,12 +181,14 @@ def export_peft(
     config: DecoderConfig,
     adapters: Params,
     base: tuple[str | None, str | None] = (None, None),
+    save_tokenizer: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a directory that PeftModel.from_pretrained loads over the base; replaces an older one.
 
     Args:
       adapters: as LanguageModel.init makes them, not scaled; float32 in the file.
       base: base_model_name_or_path and revision, None where the base is no Hugging Face model.
+      save_tokenizer: writes the tokenizer, with its chat template, into a folder.
 
     Everything is written beside and moved into place whole. Raises ValueError when `directory`
     holds something else than an adapter, or when the disk is full.
@@ -204,6 +217,8 @@ def export_peft(
     with written_whole(directory, sum(entry.num_bytes for entry in entries)) as partial:
         write_shards(partial, {WEIGHTS: entries}, _arrays(names, adapters))
         write_json(partial / CONFIG, settings)
+        if save_tokenizer is not None:
+            save_tokenizer(partial)
 
 
 def _arrays(names: Mapping, adapters: Params) -> Iterator[np.ndarray]:

@@ -141,6 +141,19 @@ def restore_params(
     return loaded["params"]
 
 
+def when_saved(directory: pathlib.Path, step: int | None = None) -> tuple[int, int]:
+    """(that step, or the latest complete one; the time it was saved, ns), by which it is known.
+
+    Raises ValueError when there is no such step.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory of checkpoints")
+    with _open(directory) as checkpointer:
+        step = _resolve(checkpointer, step)
+        return step, checkpointer.checkpointables_metadata(step).init_timestamp_nsecs
+
+
 def _without(name: str, tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key != name}
 

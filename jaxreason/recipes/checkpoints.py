@@ -17,6 +17,7 @@ from jaxreason.checkpoint.vocabulary import resize_vocab
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import BASE_DTYPE, LoraConfig
+from jaxreason.recipes import bases
 from jaxreason.recipes.lora import adapted
 from jaxreason.report.summary import read_metrics
 from jaxreason.text.chat import TEMPLATES
@@ -147,7 +148,9 @@ class Checkpoint:
         lora = LoraConfig(**section.get("train", {}).get("lora", {}))
         if lora.rank:
             trained = adapted(model, lora, model.value_head)
-            base = self._base_of(section).load(model, checkpoints, BASE_DTYPE)
+            base = bases.recorded(
+                folder.parents[1], self.stage, self._base_of(section), checkpoints
+            ).load(model, checkpoints, BASE_DTYPE)
             return _merged(trained, restore(trained.abstract()), base, dtype)
         if self.directory is None:
             return restore(model.abstract(dtype))

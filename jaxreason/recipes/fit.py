@@ -113,7 +113,9 @@ def run_stage(run: Run, stage: Stage) -> None:
             trace_dir=str(workdir.path / "profile" / stage.name),
         )
         key = assemble.stage_key(config.seed, stage.name)
-        base = lora.frozen_base(stage.lora, stage.start, run.model, workdir.checkpoints)
+        base = None
+        if stage.lora:
+            base = lora.frozen_base(workdir, stage.name, stage.start, run.model)
         first = lambda: None if stage.lora else stage.start.load(model, workdir.checkpoints)
         _, tokens = fit(job, key, first, base)
     stats = batches.stats

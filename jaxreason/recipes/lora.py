@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from jaxreason.checkpoint.peft import export_peft
 from jaxreason.checkpoint.store import restore_params
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import BASE_DTYPE, LoraConfig
+from jaxreason.recipes import bases
+from jaxreason.recipes.workdir import Workdir
 from jaxreason.types import Params
 
 if TYPE_CHECKING:  # it imports this file
@@ -21,9 +24,17 @@ if TYPE_CHECKING:  # it imports this file
 def plan(section: ConfigDict, start: Checkpoint) -> LoraConfig | None:
     """`train.lora` of a stage; None where the weights themselves are trained.
 
-    Raises ValueError naming key and value for what cannot be, and for adapters to random weights.
+    Raises ValueError naming key and value for what cannot be, for adapters to random weights, and
+    for what would be ignored.
     """
     lora = LoraConfig(**section.train.lora.to_dict())
+    for field in () if lora.rank else dataclasses.fields(lora):
+        value = getattr(lora, field.name)
+        if value != field.default:
+            raise ValueError(
+                f"train.lora.rank is 0, so train.lora.{field.name} = {value!r} would be ignored; "
+                "set the rank"
+            )
     if lora.rank and start.kind == "random":
         raise ValueError(
             f"train.lora.rank is {lora.rank} and init.from is 'random'; adapters change a model "
@@ -46,29 +57,37 @@ def adapted(
     )
 
 
-def frozen_base(
-    lora: LoraConfig | None,
-    start: Checkpoint,
-    model: LanguageModel,
-    checkpoints: Callable[[str], pathlib.Path],
-) -> Params | None:
-    """What the adapters are added to, bfloat16; None of a stage without adapters.
+def frozen_base(workdir: Workdir, stage: str, start: Checkpoint, model: LanguageModel) -> Params:
+    """What the stage's adapters are added to, bfloat16; what it was is recorded (bases.begun).
 
-    A start that is not bfloat16 itself is rounded to it.
+    A start that is not bfloat16 itself is rounded to it. Raises ValueError where a stage that goes
+    on finds another base than it began with.
     """
-    return None if lora is None else start.load(model, checkpoints, BASE_DTYPE)
+    base = bases.begun(workdir, stage, start)
+    return base.load(model, workdir.checkpoints, BASE_DTYPE)
 
 
 def export(
-    model: LanguageModel, folder: pathlib.Path, start: Checkpoint, target: pathlib.Path
-) -> None:
-    """The adapters of the newest checkpoint of `folder`, as PEFT reads them.
+    model: LanguageModel,
+    workdir: Workdir,
+    stage: str,
+    start: Checkpoint,
+    save_tokenizer: Callable[[pathlib.Path], None],
+) -> str | None:
+    """adapters/STAGE: the newest adapters as PEFT reads them, tokenizer and chat template beside.
 
     Args:
       model: a plain model of the stage's, with its LoraConfig.
+      save_tokenizer: writes both into a folder.
+
+    Returns the base that they name; None where no folder holds it.
     """
+    folder = workdir.checkpoints(stage)
     adapters = restore_params(folder, model.abstract(), optional=("value_head",))
-    export_peft(target, model.lora, model.config, adapters, _base_name(start, folder.parents[1]))
+    base = _base_name(bases.recorded(workdir.path, stage, start, workdir.checkpoints), workdir.path)
+    target = workdir.path / "adapters" / stage
+    export_peft(target, model.lora, model.config, adapters, base, save_tokenizer)
+    return base[0]
 
 
 def _base_name(start: Checkpoint, workdir: pathlib.Path) -> tuple[str | None, str | None]:

@@ -104,9 +104,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         if config.run.export and workdir.marker(f"{stage.name}.export") != export:
             assemble.export(config, model, load(), tokenizer, workdir.path / "hf" / stage.name)
             if stage.lora is not None:
-                adapters = workdir.path / "adapters" / stage.name
-                folder = workdir.checkpoints(stage.name)
-                lora.export(models[stage.name], folder, stage.start, adapters)
+                _export_adapters(this_run, stage, models[stage.name])
             workdir.mark(f"{stage.name}.export", export)
     for stage in trained:
         _add_gains(this_run, stage, evals)
@@ -126,6 +124,17 @@ def stage_params(run: Run, stage: Stage) -> Params:
     """What a trained stage ended with, without a critic's head; adapters are merged."""
     ended = Checkpoint(f"@{stage.name}", "run", stage=stage.name)
     return ended.load(run.model, run.workdir.checkpoints)
+
+
+def _export_adapters(run: Run, stage: Stage, model: LanguageModel) -> None:
+    """adapters/STAGE, beside hf/STAGE; says so where it names no base."""
+    template = assemble.chat_template(run.config, run.tokenizer).jinja
+    save = lambda folder: run.tokenizer.save(folder, chat_template=template)
+    if lora.export(model, run.workdir, stage.name, stage.start, save) is None:
+        run.progress.say(
+            f"{stage.name}: the base of adapters/{stage.name}, {stage.start.text}, has no Hugging "
+            f"Face folder of its own; use hf/{stage.name}"
+        )
 
 
 def _add_gains(run: Run, stage: Stage, evals: dict) -> None:

@@ -314,7 +314,7 @@ def _begins(
     """What makes the first parameters, the reference and the base, as train.rl.train takes them."""
     checkpoints = run.workdir.checkpoints
     if stage.lora is not None:
-        load = lambda: lora.frozen_base(stage.lora, stage.start, run.model, checkpoints)
+        load = lambda: lora.frozen_base(run.workdir, stage.name, stage.start, run.model)
         base = functools.cache(load)  # it is the reference too
         return lambda: None, base if stage.algorithm.needs_reference else None, base
 

@@ -198,7 +198,11 @@ def test_targets_that_cannot_be_are_refused(tmp_path, case):
 def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
     first = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight".format
 
+    wide = "base_model.model.model.layers.{}.mlp.down_proj.lora_B.weight".format
+
     def broken(found):
+        for layer in range(TINY.num_layers):  # as of a model of another width
+            found[wide(layer)] = np.zeros((7, 4), np.float32)
         found[first(0)] = found[first(0)].T.copy()
         del found[first(1)]
         found["base_model.model.lm_head.lora_A.weight"] = np.zeros((4, 32), np.float32)
@@ -212,6 +216,8 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
         "unknown base_model.model.lm_head.lora_A.weight",
         "unknown x.{0-1}.y",
         f"{first(0)} has shape (32, 4), not (4, 32)",
+        f"{wide(f'{{0-{TINY.num_layers - 1}}}')} has shape (7, 4), not (",
+        "does not fit its base: ",
     ):
         assert problem in str(error.value), problem
 

@@ -2,21 +2,24 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
 from tiny_models import assert_trees_close, assert_trees_equal
 
 from jaxreason import launch
-from jaxreason.checkpoint import hf, peft
+from jaxreason.checkpoint import hf, hub, peft
 from jaxreason.checkpoint.store import restore_params
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import BASE_DTYPE
-from jaxreason.recipes import assemble, checkpoints, defaults, pipeline
+from jaxreason.recipes import assemble, bases, checkpoints, defaults, pipeline
+from jaxreason.recipes.workdir import Workdir
 
 LORA = {"rank": 2, "alpha": 4.0}
 SHAPE = dict(
@@ -123,8 +126,13 @@ def test_a_stage_keeps_adapters_and_exports_both_forms(run):
 def test_an_exported_adapter_starts_a_run_over_the_exported_base(run):
     start = checkpoints.parse(str(run / "adapters" / "tuned"))
     assert start.base.directory == run / "hf" / "base" and start.name == "tuned"
+    # With the run's tokenizer and template beside it, as hf/STAGE has them.
+    beside = {path.name for path in start.directory.iterdir()} - {peft.CONFIG, peft.WEIGHTS}
+    assert {"tokenizer_config.json", "chat_template.jinja"} <= beside
+    for name in beside:
+        assert (start.directory / name).read_text() == (run / "hf/tuned" / name).read_text()
     assert start.tokenizer().vocab_size == 261
-    assert start.chat_template() == str(run / "hf" / "base")
+    assert start.chat_template() == str(run / "adapters" / "tuned")
     # The base is in float32 there, and was in bf16 (8 bits) in training.
     assert_trees_close(start.load(plain(), None), load(f"{run}@tuned", plain()), 2**-8)
 
@@ -141,12 +149,121 @@ def test_new_tokens_come_with_a_base_of_adapters(run):
 
 def test_a_base_that_is_gone_is_named(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    path = tmp_path / "run" / "config.json"
-    facts = json.loads(path.read_text())
-    facts["config"]["stages"]["tuned"]["init"]["from"] = str(tmp_path / "gone")
-    path.write_text(json.dumps(facts))
+    moved_to(tmp_path / "run", str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"@tuned', adapters to a base: .*gone holds no config"):
         load(f"{tmp_path}/run@tuned", plain())
+
+
+def moved_to(run: pathlib.Path, text: str, **facts) -> None:
+    """As if stage `tuned` had begun from there."""
+    path = run / "config.json"
+    content = json.loads(path.read_text()) | facts
+    content["config"]["stages"]["tuned"]["init"]["from"] = text
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("base", ["@base", "{}/run", "{}/run@base"])
+def test_adapters_keep_to_the_step_they_were_trained_on(run, tmp_path, base):
+    want = load(f"{run}@tuned", plain())
+    for copy in ("mine", "run"):
+        shutil.copytree(run, tmp_path / copy)
+    moved_to(tmp_path / "mine", base.format(tmp_path))
+    steps = tmp_path / ("mine" if base == "@base" else "run") / "checkpoints" / "base"
+    shutil.copytree(steps / "1", steps / "3")  # the base trains further
+    assert_trees_equal(load(f"{tmp_path}/mine@tuned", plain()), want)
+    shutil.rmtree(steps / "2")
+    gone = r"mine@tuned holds adapters to '.*' as it was at stage base, step 2, saved \d+: .*"
+    with pytest.raises(ValueError, match=gone + r"/base has no step 2; it has \[1, 3\]$"):
+        load(f"{tmp_path}/mine@tuned", plain())
+    shutil.copytree(steps / "1", steps / "2")  # another training of as many steps
+    with pytest.raises(ValueError, match=r"there now is stage base, step 2, saved \d+, to which"):
+        load(f"{tmp_path}/mine@tuned", plain())
+
+
+def other_weights(file: pathlib.Path) -> None:
+    save_file({name: -array for name, array in load_file(file).items()}, file)
+
+
+def other_alpha(file: pathlib.Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 5}))
+
+
+CHANGES = {
+    "hf/base/model.safetensors": other_weights,
+    "adapters/tuned/adapter_model.safetensors": other_weights,
+    "adapters/tuned/adapter_config.json": other_alpha,
+}
+
+
+@pytest.mark.parametrize("file", CHANGES)
+def test_adapters_to_a_folder_refuse_other_weights_there(run, tmp_path, file):
+    for part in ("hf/base", "adapters/tuned"):
+        shutil.copytree(run / part, tmp_path / part)
+    other_base = {"base_model_name_or_path": str(tmp_path / "hf" / "base")}
+    settings = tmp_path / "adapters" / "tuned" / peft.CONFIG
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | other_base))
+    text = str((tmp_path / file).parent)
+
+    new = Workdir(tmp_path / "new")
+    new.path.mkdir()
+    new.config.write_text("{}")
+    bases.begun(new, "tuned", checkpoints.parse(text))
+    record = json.loads(new.config.read_text())["bases"]
+    shutil.copytree(run, tmp_path / "run")
+    moved_to(tmp_path / "run", text, bases=record)
+    load(f"{tmp_path}/run@tuned", plain())
+
+    CHANGES[file](tmp_path / file)
+    with pytest.raises(ValueError, match="there now is sha256") as error:
+        load(f"{tmp_path}/run@tuned", plain())
+    assert repr(text) in str(error.value) and record["tuned"]["sha256"] in str(error.value)
+    assert "\n" not in str(error.value)
+    # So does the stage when it goes on; one that has no checkpoint yet begins with what is there.
+    with pytest.raises(ValueError, match="there now is sha256"):
+        bases.begun(Workdir(tmp_path / "run"), "tuned", checkpoints.parse(text))
+    bases.begun(new, "tuned", checkpoints.parse(text))
+    assert json.loads(new.config.read_text())["bases"] != record
+
+
+def test_adapters_to_a_hub_s_model_keep_to_its_commit(run, tmp_path, monkeypatch):
+    for commit in ("c0ffee", "decaf"):
+        shutil.copytree(run / "hf" / "base", tmp_path / commit)
+    other_weights(tmp_path / "decaf" / "model.safetensors")
+    places = {"hf://org/base": tmp_path / "c0ffee", "hf://org/base@c0ffee": tmp_path / "c0ffee"}
+    monkeypatch.setattr(hub, "resolve", lambda address, **_: places[address])
+    workdir = Workdir(tmp_path / "run")
+    workdir.path.mkdir()
+    workdir.config.write_text("{}")
+    bases.begun(workdir, "s", checkpoints.parse("hf://org/base"))
+    (workdir.checkpoints("s") / "1").mkdir(parents=True)
+    places["hf://org/base"] = tmp_path / "decaf"  # its owner pushes
+    start = checkpoints.parse("hf://org/base")
+    assert start.directory == tmp_path / "decaf"
+    assert bases.begun(workdir, "s", start).directory == tmp_path / "c0ffee"
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_an_adapter_without_a_base_s_folder_says_so(run, tmp_path, exported, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    if not exported:
+        shutil.rmtree(tmp_path / "run" / "hf" / "base")
+        (tmp_path / "run" / "stages" / "base.export.json").write_text(
+            (run / "stages" / "tuned.export.json").read_text()
+        )
+    (tmp_path / "run" / "stages" / "tuned.export.json").unlink()
+    pipeline.run(config(run.parent), tmp_path / "run")
+    said = "the base of adapters/tuned, @base, has no Hugging Face folder of its own; use hf/tuned"
+    output = capsys.readouterr()
+    assert (said in output.out + output.err) == (not exported)
+
+
+@pytest.mark.parametrize("key, value", [("alpha", 8.0), ("targets", ("q_proj",))])
+def test_settings_of_adapters_without_a_rank_are_refused(tmp_path, key, value):
+    c = config(tmp_path)
+    c.stages.base.train.lora[key] = value
+    message = f"train.lora.rank is 0, so train.lora.{key} = {value!r} would be ignored; set the"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipeline.stages_of(c)
 
 
 MISTAKES = {
