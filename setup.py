@@ -37,7 +37,7 @@ setup(
         "tokenizers",
         "safetensors",
         "huggingface_hub",
-        "jinja2",
+        "jinja2>=3.1.6",  # older sandboxes leak
         # rewards: pure Python (sympy, antlr4), 7 MB
         "math-verify>=0.9",
         # what a run shows
@@ -50,8 +50,13 @@ setup(
         "cuda": [f"jax[cuda13]{JAX}"],
         "tpu": [f"jax[tpu]{JAX}"],
         # Parity references. torch 2.13.0 has a CPU build for Python 3.11 only; on later ones the
-        # tests that need it skip.
-        "test": ["pytest", "transformers", "torch==2.13.0; python_version < '3.12'"],
+        # tests that need it skip; so is all that requires it.
+        "test": [
+            "pytest",
+            "transformers",
+            "torch==2.13.0; python_version < '3.12'",
+            "peft; python_version < '3.12'",
+        ],
         "dev": ["ruff", "pre-commit"],
     },
 )
