@@ -60,7 +60,7 @@ def shipped(name: str, start):
     return c
 
 
-@pytest.mark.parametrize("name", ["sft:hf", "sft:lora"])
+@pytest.mark.parametrize("name", [pytest.param("sft:hf", marks=pytest.mark.slow), "sft:lora"])
 def test_fine_tuning_takes_the_checkpoints_own_template(name, llama, tmp_path):
     c = shipped(name, llama)
     c.eval.sets = {}

@@ -165,9 +165,10 @@ def test_a_document_is_what_transformers_makes_of_a_text_and_its_own_end(
     fitted = chat.fitted(ours, template)
     fitted.save(tmp_path, chat.template_for(template, fitted).jinja)
     assert theirs.eos_token == OWN_END.get(family, "<|im_end|>")
+    read_again = load_tokenizer(tmp_path)
     for text in AWKWARD:
         expected = [*theirs(text, add_special_tokens=True)["input_ids"], theirs.eos_token_id]
-        for tokenizer in (ours, fitted, load_tokenizer(tmp_path)):
+        for tokenizer in (ours, fitted, read_again):
             assert tokenizer.document_ids(text) == expected
     begins = {"gemma3": "<bos>", "llama3": "<|begin_of_text|>"}
     assert ours.document_start == begins.get(family, "")
