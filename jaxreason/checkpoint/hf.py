@@ -18,11 +18,11 @@ from jaxreason.checkpoint import hf_names
 from jaxreason.checkpoint.hf_config import GENERATION, config_from_hf, config_to_hf
 from jaxreason.checkpoint.hf_names import Row
 from jaxreason.checkpoint.safetensors_files import (
-    FLOATS,
     INDEX,
     SINGLE,
     Entry,
     Tensor,
+    misfits,
     open_tensors,
     plan_shards,
     read_json,
@@ -109,42 +109,19 @@ def _checked(directory: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, dict[s
         name = hf_names.meaning(tensor.name, hf_config["model_type"])
         if name is not None:
             found.setdefault(name, []).append(tensor)
-    problems += _misfits(config, found)
-    if not problems:
-        problems += _mixed(config, found) if dtype is None else []
-        problems += _second_heads(config, found)
-    if problems:
-        raise ValueError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
-    return config, {name: several[0] for name, several in found.items()}
-
-
-def _misfits(config: DecoderConfig, found: Mapping[str, list[Tensor]]) -> list[str]:
-    """Missing, unknown, duplicate, misshapen and non-float tensors."""
     sizes = hf_names.sizes(config)
     expected = {
         name: row.shape_there(sizes)
         for row in hf_names.TABLES[config.family]
         for name in row.names(sizes)
     }
-    optional = {hf_names.HEAD} if config.tie_embeddings else set()
-    unknown = [several[0].name for name, several in sorted(found.items()) if name not in expected]
-    missing = [name for name in expected if name not in found and name not in optional]
-    problems = [f"missing {name}" for name in hf_names.brief(missing)]
-    problems += [f"unknown {name}" for name in hf_names.brief(unknown)]
-    for name, several in sorted(found.items()):
-        if len(several) > 1:
-            problems.append(f"duplicate {name} in {', '.join(t.file.name for t in several)}")
-    alike: dict[str, list[str]] = {}
-    for name, several in sorted(found.items()):
-        for tensor in several if name in expected else ():
-            if tensor.shape != expected[name]:
-                alike.setdefault(f"shape {tensor.shape}, not {expected[name]}", []).append(name)
-            if tensor.kind not in FLOATS:
-                floats = f"dtype {tensor.kind}, not one of {', '.join(FLOATS)}"
-                alike.setdefault(floats, []).append(name)
-    for problem, names in alike.items():
-        problems += [f"{name} has {problem}" for name in hf_names.brief(names)]
-    return problems
+    problems += misfits(expected, found, {hf_names.HEAD} if config.tie_embeddings else set())
+    if not problems:
+        problems += _mixed(config, found) if dtype is None else []
+        problems += _second_heads(config, found)
+    if problems:
+        raise ValueError(f"{directory} does not fit its config.json: {'; '.join(problems)}")
+    return config, {name: several[0] for name, several in found.items()}
 
 
 def _mixed(config: DecoderConfig, found: Mapping[str, list[Tensor]]) -> list[str]:

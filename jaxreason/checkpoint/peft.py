@@ -16,9 +16,8 @@ import numpy as np
 
 from jaxreason.checkpoint import hf_names
 from jaxreason.checkpoint.safetensors_files import (
-    FLOATS,
     Entry,
-    Tensor,
+    misfits,
     open_file,
     read_json,
     write_json,
@@ -86,7 +85,11 @@ def import_peft(directory: pathlib.Path, config: DecoderConfig) -> tuple[LoraCon
     tensors, duplicates = open_file(directory / WEIGHTS)
     found = {tensor.name: tensor for tensor in tensors}
     expected = _names(lora, config)
-    problems = [f"duplicate {name}" for name in duplicates] + _misfits(expected, found)
+    problems = [f"duplicate {name}" for name in duplicates]
+    problems += misfits(
+        {name: place[-1] for name, place in expected.items()},
+        {name: [tensor] for name, tensor in found.items()},
+    )
     if problems:
         raise ValueError(f"{directory / WEIGHTS} does not fit its base: {'; '.join(problems)}")
     shapes = LanguageModel(config, lora=lora).shapes["lora"]["layers"]
@@ -152,24 +155,6 @@ def _matches(path: pathlib.Path, pattern: str | list[str], module: str) -> bool:
         return re.fullmatch(pattern, module) is not None
     except re.error as error:
         raise ValueError(f"{path}: {pattern!r} is no regular expression: {error}") from None
-
-
-def _misfits(expected: Mapping, found: Mapping[str, Tensor]) -> list[str]:
-    """Missing, unknown, misshapen and non-float tensors."""
-    problems = [f"missing {name}" for name in hf_names.brief(n for n in expected if n not in found)]
-    unknown = sorted(name for name in found if name not in expected)
-    problems += [f"unknown {name}" for name in hf_names.brief(unknown)]
-    alike: dict[str, list[str]] = {}
-    for name in (name for name in expected if name in found):
-        shape, tensor = expected[name][-1], found[name]
-        if tensor.shape != shape:
-            alike.setdefault(f"shape {tensor.shape}, not {shape}", []).append(name)
-        if tensor.kind not in FLOATS:
-            floats = f"dtype {tensor.kind}, not one of {', '.join(FLOATS)}"
-            alike.setdefault(floats, []).append(name)
-    for problem, names in alike.items():
-        problems += [f"{name} has {problem}" for name in hf_names.brief(names)]
-    return problems
 
 
 # --- export ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -143,6 +143,37 @@ def open_file(path: pathlib.Path) -> tuple[list[Tensor], list[str]]:
         shape = tuple(fields["shape"])
         tensors[name] = Tensor(path, name, shape, fields["dtype"], data[begin:end])
     return list(tensors.values()), duplicates
+
+
+def misfits(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Sequence[Tensor]],
+    optional: Collection[str] = (),
+) -> list[str]:
+    """Missing, unknown, duplicate, misshapen and non-float tensors, a text for each kind of them.
+
+    Args:
+      expected: name -> shape.
+      found: name -> every tensor that goes by it.
+      optional: names that may be missing.
+    """
+    missing = [name for name in expected if name not in found and name not in optional]
+    unknown = [several[0].name for name, several in sorted(found.items()) if name not in expected]
+    problems = [f"missing {name}" for name in brief(missing)]
+    problems += [f"unknown {name}" for name in brief(unknown)]
+    alike: dict[str, list[str]] = {}
+    for name, several in sorted(found.items()):
+        if len(several) > 1:
+            problems.append(f"duplicate {name} in {', '.join(t.file.name for t in several)}")
+        for tensor in several if name in expected else ():
+            if tensor.shape != expected[name]:
+                alike.setdefault(f"shape {tensor.shape}, not {expected[name]}", []).append(name)
+            if tensor.kind not in FLOATS:
+                floats = f"dtype {tensor.kind}, not one of {', '.join(FLOATS)}"
+                alike.setdefault(floats, []).append(name)
+    for problem, names in alike.items():
+        problems += [f"{name} has {problem}" for name in brief(names)]
+    return problems
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import jax
 
+from jaxreason.parallel import hosts
+
 # What is saved, under DIRECTORY/STEP, and the order of resuming:
 #   state  the TrainState: step, params, optimizer state, PRNG key      arrays, sharded (OCDBT)
 #   data   where the data stream stands: iterator, packer, shard states  JSON
@@ -25,7 +27,9 @@ class Store:
 
     A step becomes visible by a rename once all of it is written, and an older one is deleted only
     after that, so a kill at any moment leaves the newest complete step intact. Opening removes what
-    a killed process left half written; one process writes a directory at a time.
+    a killed process left half written; one run writes a directory at a time. Several processes call
+    everything together, in a directory that all see: each writes its part of the state, and process
+    0 `data` and `host`, so its own must tell of all.
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int = 2):
@@ -53,7 +57,7 @@ class Store:
         text = json.dumps({name: items[name] for name in (_DATA, _HOST)})
         if step in _steps(self._checkpointer):
             # Not overwrite=True: Orbax deletes the old step before it writes the new one.
-            _replace(self._checkpointer.directory / str(step) / _LATER, text)
+            hosts.first(lambda: _replace(self._checkpointer.directory / str(step) / _LATER, text))
             return
         # Orbax encodes JSON in the background; the loop may change these dicts meanwhile.
         snapshot = json.loads(text)
@@ -68,7 +72,7 @@ class Store:
     def latest(self) -> int | None:
         """The newest complete step, or None. Waits for a save that is running."""
         self.wait()
-        return max(_steps(self._checkpointer), default=None)
+        return hosts.told(lambda: max(_steps(self._checkpointer), default=None))
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, dict[str, Any]]:
         """(step, {"state", "data", "host"}) of that step, or of the latest.
@@ -79,8 +83,7 @@ class Store:
 
         Raises ValueError when there is no such step, or naming the first leaf that differs.
         """
-        self.wait()
-        step = _resolve(self._checkpointer, step)
+        step = _resolve(self._checkpointer, self.latest() if step is None else step)
         saved = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
         where = self._checkpointer.directory / str(step)
         _check_same_leaves(where, _leaves(saved), _leaves(abstract_state))

@@ -5,22 +5,19 @@ which those were, by stage: of a run its stage and step, which is loaded however
 since; of a Hugging Face directory a digest of its weights, and the commit of one from a hub.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxreason.checkpoint import hub, peft
 from jaxreason.checkpoint.safetensors_files import Tensor, open_file, open_tensors, read_json
 from jaxreason.checkpoint.store import when_saved
+from jaxreason.parallel import hosts
+from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.workdir import Workdir
-
-if TYPE_CHECKING:  # it imports this file
-    from jaxreason.recipes.checkpoints import Checkpoint
 
 Folders = Callable[[str], pathlib.Path]  # a run's stage -> folder of its checkpoints
 _SAMPLE = 4096  # bytes of each tensor in a digest: training moves them, and a digest costs no read
@@ -31,7 +28,8 @@ def begun(workdir: Workdir, stage: str, start: Checkpoint) -> Checkpoint:
 
     Raises ValueError as `recorded` does.
     """
-    if not any(step.name.isdigit() for step in workdir.checkpoints(stage).glob("*")):
+    saved = lambda: any(step.name.isdigit() for step in workdir.checkpoints(stage).glob("*"))
+    if not hosts.told(saved):
         known = read_json(workdir.config).get("bases", {})
         workdir.describe(bases={**known, stage: _identity(start, workdir.checkpoints)})
     return recorded(workdir.path, stage, start, workdir.checkpoints)

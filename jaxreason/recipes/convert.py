@@ -15,7 +15,7 @@ from jaxreason.checkpoint.store import Store, restore_params
 from jaxreason.checkpoint.whole_folder import written_whole
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
-from jaxreason.recipes import checkpoints
+from jaxreason.recipes import checkpoints, weights
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.text.tokenizer import load_tokenizer
 from jaxreason.types import Params, TrainState
@@ -108,7 +108,7 @@ def _load(start: Checkpoint, config: DecoderConfig) -> Params:
     dtypes = start.dtypes() if start.kind == "run" else {}
     if not dtypes:
         model = LanguageModel(config, valid_vocab=_num_tokens(start, config.vocab_size))
-        return start.load(model, lambda stage: start.directory / "checkpoints" / stage)
+        return weights.load(start, model, lambda stage: start.directory / "checkpoints" / stage)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -13,9 +13,10 @@ from tiny_models import CONFIG, assert_trees_equal
 
 from jaxreason.checkpoint import hf, hf_names, hub, peft
 from jaxreason.model.config import DecoderConfig
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.model.lora import LoraConfig
-from jaxreason.recipes import checkpoints
+from jaxreason.recipes import checkpoints, weights
 
 NAMES = ("qwen3-tied", "qwen2-tied", "llama-untied-linear", "gemma3-tied")
 IDS = np.random.default_rng(0).integers(3, VOCAB, (2, 40))
@@ -129,7 +130,7 @@ def test_an_adapter_of_peft_is_the_same_model_here(families, name, tmp_path):
     (tmp_path / "adapter" / peft.CONFIG).write_text(json.dumps(settings))
     start = checkpoints.parse(str(tmp_path / "adapter"))
     assert start.kind == "adapter" and start.architecture() == config
-    params = start.load(plain(config), None)
+    params = weights.load(start, plain(config), None)
     assert_same_logits(logits(plain(config), params), want)
 
 

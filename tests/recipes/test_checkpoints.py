@@ -7,6 +7,7 @@ import pytest
 from tiny_models import tiny_model, tiny_params
 
 from jaxreason.checkpoint.store import Store
+from jaxreason.recipes import weights
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.train.state import TrainState
 
@@ -25,7 +26,7 @@ def test_a_value_head_is_taken_along_where_the_model_has_one(tmp_path, saved, wa
     with Store(folder) as store:
         store.save(3, {"state": state, "data": {}, "host": {}}, wait=True)
     model = tiny_model(value_head=wanted)
-    loaded = Checkpoint("@rl", "run", None, "rl").load(model, lambda _: folder)
+    loaded = weights.load(Checkpoint("@rl", "run", None, "rl"), model, lambda _: folder)
     assert ("value_head" in loaded) == (saved and wanted)
     jax.tree.map(np.testing.assert_array_equal, loaded, {k: params[k] for k in loaded})
     assert jax.tree.structure(model.with_value_head(loaded)) == jax.tree.structure(model.shapes)

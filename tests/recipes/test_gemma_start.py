@@ -3,22 +3,19 @@
 import io
 import json
 import pathlib
-import sys
 
-import jax
 import pytest
+from family_folders import make, with_weights
 
 from jaxreason import launch
 from jaxreason.checkpoint import hf
 from jaxreason.data.pipeline import DataConfig, evaluation_batches
 from jaxreason.model.config import preset
-from jaxreason.model.decoder import LanguageModel
-from jaxreason.recipes import assemble, checkpoints, defaults, pipeline
+from jaxreason.recipes import assemble, checkpoints, defaults, pipeline, weights
 from jaxreason.report.summary import read_metrics
 from jaxreason.text.chat import fitted
 from jaxreason.text.tokenizer import load_tokenizer
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "text"))  # family_folders
 SMALL = dict(
     num_layers=1,
     sliding_layers=(0,),
@@ -38,19 +35,9 @@ def one_device(monkeypatch):
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory, shared_data):
     """One layer, and a tokenizer whose last entry, <image_soft_token>, has no row."""
-    from family_folders import make
-
     folder = make("gemma3", tmp_path_factory.mktemp("gemma") / "tokenizer", shared_data)
-    config = preset("gemma-3-1b", vocab_size=load_tokenizer(folder).vocab_size - 1, **SMALL)
-
-    def copy_tokenizer(target: pathlib.Path) -> None:
-        for path in folder.glob("tokenizer*"):
-            (target / path.name).write_bytes(path.read_bytes())
-
-    ends = json.loads((folder / "generation_config.json").read_text())
-    model, params = folder.parent / "model", jax.jit(LanguageModel(config).init)(jax.random.key(0))
-    hf.export_hf(model, config, params, generation=ends, save_tokenizer=copy_tokenizer)
-    return model
+    rows = load_tokenizer(folder).vocab_size - 1
+    return with_weights(folder, preset("gemma-3-1b", vocab_size=rows, **SMALL))
 
 
 def training(gemma: pathlib.Path, folder: pathlib.Path, text: str = "Once upon a time."):
@@ -98,7 +85,7 @@ def test_the_token_itself_is_refused_in_one_line_unless_it_gets_a_row(gemma, tmp
     tokens = assemble.tokenizer(config, workdir, start)
     model = assemble.language_model(config, assemble.architecture(config, start), tokens)
     assert tokens.encode("<image_soft_token>") == [tokens.vocab_size - 1]
-    assert start.load(model, None)["embedding"].shape[0] == tokens.vocab_size
+    assert weights.load(start, model, None)["embedding"].shape[0] == tokens.vocab_size
 
 
 def test_the_start_of_a_document_is_context_and_no_byte(gemma, tmp_path):

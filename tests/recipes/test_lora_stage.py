@@ -18,7 +18,7 @@ from jaxreason.checkpoint.store import restore_params
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import BASE_DTYPE
-from jaxreason.recipes import assemble, bases, checkpoints, defaults, pipeline
+from jaxreason.recipes import assemble, bases, checkpoints, defaults, pipeline, weights
 from jaxreason.recipes.workdir import Workdir
 
 LORA = {"rank": 2, "alpha": 4.0}
@@ -99,7 +99,7 @@ def plain(tokens: int = 261, **changes) -> LanguageModel:
 
 
 def load(text: str, model: LanguageModel):
-    return checkpoints.parse(text).load(model, None)
+    return weights.load(checkpoints.parse(text), model, None)
 
 
 def test_a_stage_keeps_adapters_and_exports_both_forms(run):
@@ -134,7 +134,7 @@ def test_an_exported_adapter_starts_a_run_over_the_exported_base(run):
     assert start.tokenizer().vocab_size == 261
     assert start.chat_template() == str(run / "adapters" / "tuned")
     # The base is in float32 there, and was in bf16 (8 bits) in training.
-    assert_trees_close(start.load(plain(), None), load(f"{run}@tuned", plain()), 2**-8)
+    assert_trees_close(weights.load(start, plain(), None), load(f"{run}@tuned", plain()), 2**-8)
 
 
 def test_new_tokens_come_with_a_base_of_adapters(run):

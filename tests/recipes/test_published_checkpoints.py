@@ -1,21 +1,16 @@
 """The shipped configs on a checkpoint as others publish it: README's commands, in small."""
 
 import json
-import pathlib
-import sys
 
-import jax
 import pytest
+from family_folders import make, with_weights
 
 from jaxreason import launch
-from jaxreason.checkpoint import hf
 from jaxreason.model.config import preset
-from jaxreason.model.decoder import LanguageModel
 from jaxreason.recipes import assemble, evaluate, pipeline
 from jaxreason.report.summary import read_metrics
 from jaxreason.text.tokenizer import load_tokenizer
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "text"))  # family_folders
 SMALL = dict(num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=4, head_dim=8)
 
 
@@ -27,25 +22,9 @@ def one_device(monkeypatch):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory, shared_data):
     """A decoder of two layers with a tokenizer and a template of Llama 3's structure."""
-    from family_folders import make
-
     folder = make("llama3", tmp_path_factory.mktemp("llama") / "tokenizer", shared_data)
-    tokens = load_tokenizer(folder)
-    config = preset("llama-3.2-1b", vocab_size=tokens.vocab_size, **SMALL)
-    params = jax.jit(LanguageModel(config).init)(jax.random.key(0))
-
-    def copy_tokenizer(target):
-        for path in folder.glob("tokenizer*"):
-            (target / path.name).write_bytes(path.read_bytes())
-
-    hf.export_hf(
-        folder.parent / "model",
-        config,
-        params,
-        generation={"eos_token_id": tokens.eos_id},
-        save_tokenizer=copy_tokenizer,
-    )
-    return folder.parent / "model"
+    rows = load_tokenizer(folder).vocab_size
+    return with_weights(folder, preset("llama-3.2-1b", vocab_size=rows, **SMALL))
 
 
 def shipped(name: str, start):
@@ -60,7 +39,8 @@ def shipped(name: str, start):
     return c
 
 
-@pytest.mark.parametrize("name", [pytest.param("sft:hf", marks=pytest.mark.slow), "sft:lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft:hf", "sft:lora"])
 def test_fine_tuning_takes_the_checkpoints_own_template(name, llama, tmp_path):
     c = shipped(name, llama)
     c.eval.sets = {}

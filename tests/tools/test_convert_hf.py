@@ -16,8 +16,10 @@ from jaxreason import launch
 from jaxreason.checkpoint import hf, hf_names, hub, whole_folder
 from jaxreason.checkpoint.safetensors_files import INDEX
 from jaxreason.model.config import DecoderConfig
-from jaxreason.model.decoder import Execution, LanguageModel
-from jaxreason.recipes import assemble, checkpoints, defaults
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
+from jaxreason.parallel.mesh import make_mesh
+from jaxreason.recipes import assemble, checkpoints, defaults, weights
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import ByteTokenizer
 
@@ -97,7 +99,7 @@ def test_what_was_imported_is_a_start(imported, name):
     assert start.tokenizer().encode("<|im_end|>") == [BYTES.eos_id]
     assert start.generation() == {k: v for k, v in SAID.items() if v is not None}
     model = LanguageModel(SHAPE, valid_vocab=BYTES.vocab_size)
-    loaded = start.load(model, None)
+    loaded = weights.load(start, model, None)
     jax.tree.map(np.testing.assert_array_equal, loaded, hf.import_hf(source)[1])
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
 
@@ -190,10 +192,9 @@ def test_a_larger_tokenizer_starts_from_mean_rows(imported, name):
     config.model.vocab_size = 280
     shape = assemble.architecture(config, start)
     assert shape.vocab_size == 280
-    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"),
-                         axis_types=(jax.sharding.AxisType.Auto,) * 3)  # fmt: skip
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     model = LanguageModel(shape, Execution(), mesh, valid_vocab=279)
-    table = start.load(model, None)["embedding"]
+    table = weights.load(start, model, None)["embedding"]
     assert table.shape == (280, 32) and table.sharding == model.shardings()["embedding"]
     before = np.asarray(hf.import_hf(source)[1]["embedding"])
     known = BYTES.vocab_size  # 261 of its 264 rows
@@ -202,7 +203,8 @@ def test_a_larger_tokenizer_starts_from_mean_rows(imported, name):
     np.testing.assert_allclose(table[known:], want, atol=1e-6)  # sums in another order
     # Two more tokens fit the padding of the table as it is.
     padded = LanguageModel(SHAPE, valid_vocab=263)
-    np.testing.assert_allclose(start.load(padded, None)["embedding"][known:], want[:3], atol=1e-6)
+    table = weights.load(start, padded, None)["embedding"]
+    np.testing.assert_allclose(table[known:], want[:3], atol=1e-6)
 
 
 def test_a_table_only_grows(imported):
@@ -221,7 +223,7 @@ def test_another_models_parameters_are_refused(imported):
     start = checkpoints.parse(str(imported[0]))
     model = LanguageModel(DecoderConfig(**{**vars(SHAPE), "mlp_dim": 64}))
     with pytest.raises(ValueError, match=r"where layers/w_down is \(2, 48, 32\); in this run's"):
-        start.load(model, None)
+        weights.load(start, model, None)
 
 
 # --- what is broken -------------------------------------------------------------------------------

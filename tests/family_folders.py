@@ -8,8 +8,13 @@ import functools
 import json
 import pathlib
 
+import jax
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from jaxreason.checkpoint import hf
+from jaxreason.model.config import DecoderConfig
+from jaxreason.model.decoder import LanguageModel
 
 FAMILIES = ("qwen3", "qwen2.5", "llama3", "gemma3")
 IMAGE = (
@@ -113,6 +118,19 @@ def make(family: str, folder: pathlib.Path, shared_data: pathlib.Path) -> pathli
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     return folder
+
+
+def with_weights(folder: pathlib.Path, config: DecoderConfig) -> pathlib.Path:
+    """A directory beside it: its tokenizer, template and ends, and random weights."""
+
+    def copy_tokenizer(target: pathlib.Path) -> None:
+        for path in folder.glob("tokenizer*"):
+            (target / path.name).write_bytes(path.read_bytes())
+
+    ends = json.loads((folder / "generation_config.json").read_text())
+    model, params = folder.parent / "model", jax.jit(LanguageModel(config).init)(jax.random.key(0))
+    hf.export_hf(model, config, params, generation=ends, save_tokenizer=copy_tokenizer)
+    return model
 
 
 def _qwen3(shared_data: pathlib.Path):
