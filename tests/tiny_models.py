@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason.model.config import DecoderConfig
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.types import Batch, Params
 
 VOCAB = 64

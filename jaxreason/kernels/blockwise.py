@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxreason.kernels.manual_axes import vary, varying_axes
 from jaxreason.types import AttentionMask
@@ -174,16 +175,28 @@ def _band_forward(mask, band: _Band, queries: _Queries, k_BKSH, v_BKSH):
 
 
 def _attention_fwd(block_q, q_BTNH, k_BSKH, v_BSKH, mask):
-    out_BTNH, lse_BTN = _attention(block_q, q_BTNH, k_BSKH, v_BSKH, mask)
+    outputs = _attention(block_q, q_BTNH, k_BSKH, v_BSKH, mask)
+    out_BTNH, lse_BTN = (checkpoint_name(x, "attention") for x in outputs)
     return (out_BTNH, lse_BTN), (q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, lse_BTN)
 
 
 def _attention_bwd(block_q, residuals, cotangents):
-    q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, lse_BTN = residuals
+    *inputs, out_BTNH, lse_BTN = residuals
     dout_BTNH, dlse_BTN = cotangents
-    T, K = q_BTNH.shape[1], k_BSKH.shape[2]
-    dead_BTN = lse_BTN == -jnp.inf  # p is 0 there: keep inf and nan away from the products
     delta_BTN = (dout_BTNH.astype(jnp.float32) * out_BTNH).sum(-1) - dlse_BTN
+    return *gradients(*inputs, lse_BTN, delta_BTN, dout_BTNH, block_q=block_q), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def gradients(
+    q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, lse_BTN, delta_BTN, dout_BTNH, *, block_q: int = 64
+):
+    """(dq_BTNH, dk_BSKH, dv_BSKH), as `reference.attention_gradients`."""
+    T, K = q_BTNH.shape[1], k_BSKH.shape[2]
+    block_q = min(block_q, T)
+    dead_BTN = lse_BTN == -jnp.inf  # p is 0 there: keep inf and nan away from the products
     row_stats = (jnp.where(dead_BTN, 0.0, x) for x in (lse_BTN, delta_BTN))
     rows = (
         _queries(mask, block_q, q_BTNH, K),
@@ -199,7 +212,7 @@ def _attention_bwd(block_q, residuals, cotangents):
         dv_BKSH = dv_BKSH.at[:, :, band.s0 : band.s1].add(dv_part)
     dq_BTNH = _join_heads(jnp.concatenate(dq), T)
     dk_BSKH, dv_BSKH = jnp.swapaxes(dk_BKSH, 1, 2), jnp.swapaxes(dv_BKSH, 1, 2)
-    return dq_BTNH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), None
+    return dq_BTNH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
 
 
 def _band_backward(mask, band: _Band, rows, k_BKSH, v_BKSH):
@@ -220,6 +233,3 @@ def _band_backward(mask, band: _Band, rows, k_BKSH, v_BKSH):
 
     zeros = [vary(jnp.zeros_like(x, jnp.float32), varying_axes(x)) for x in (k_BKSH, v_BKSH)]
     return _over_blocks(block, band, rows, tuple(zeros))
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)

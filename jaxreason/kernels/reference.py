@@ -25,6 +25,24 @@ def visible(mask: AttentionMask, q_len: int, kv_len: int) -> jax.Array:
     return see_BTS
 
 
+def _scores(q_BTNH, k_BSKH, mask: AttentionMask):
+    """(float32 scores [B, K, G, T, S], d score / d (scaled q.k), which may be read)."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(jnp.float32))
+    s_BKGTS *= _scale(mask, H)
+    slope = jnp.ones(())
+    if mask.soft_cap is not None:
+        tanh_BKGTS = jnp.tanh(s_BKGTS / mask.soft_cap)
+        s_BKGTS, slope = mask.soft_cap * tanh_BKGTS, 1 - tanh_BKGTS**2
+    return s_BKGTS, slope, visible(mask, T, S)[:, None, None]
+
+
+def _scale(mask: AttentionMask, head_dim: int) -> float:
+    return head_dim**-0.5 if mask.scale is None else mask.scale
+
+
 def attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask
 ) -> tuple[jax.Array, jax.Array]:
@@ -34,13 +52,7 @@ def attention(
     zeros, lse -inf and zero gradients.
     """
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(jnp.float32))
-    s_BKGTS *= H**-0.5 if mask.scale is None else mask.scale
-    if mask.soft_cap is not None:
-        s_BKGTS = mask.soft_cap * jnp.tanh(s_BKGTS / mask.soft_cap)
-    see_B11TS = visible(mask, T, S)[:, None, None]
+    s_BKGTS, _, see_B11TS = _scores(q_BTNH, k_BSKH, mask)
     any_B11T = see_B11TS.any(-1)
     # A row that reads nothing becomes a softmax over finite numbers, dropped below: no NaN in its
     # value, hence none in its gradient.
@@ -51,6 +63,39 @@ def attention(
     lse_BKGT = jnp.where(any_B11T, lse_BKGT, -jnp.inf)
     lse_BTN = jnp.moveaxis(lse_BKGT, -1, 1).reshape(B, T, N)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BTN
+
+
+def attention_gradients(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: AttentionMask,
+    lse_BTN: jax.Array,
+    delta_BTN: jax.Array,
+    dout_BTNH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq, dk, dv) through keys that may be some of those that a query reads.
+
+    Args:
+      lse_BTN: over all its keys; so the parts' gradients add up.
+      delta_BTN: the sum over H of dout * out, less the cotangent of lse; of all its keys too.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    by_head = lambda x: jnp.moveaxis(x.reshape(B, T, K, N // K), 1, -1)[..., None]
+    s_BKGTS, slope, see_B11TS = _scores(q_BTNH, k_BSKH, mask)
+    lse_BKGT1, delta_BKGT1 = by_head(lse_BTN), by_head(delta_BTN)
+    p_BKGTS = jnp.where(see_B11TS, jnp.exp(s_BKGTS - jnp.where(see_B11TS, lse_BKGT1, 0.0)), 0.0)
+    dout_BTKGH = dout_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+    dp_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH.astype(jnp.float32))
+    slope = slope * _scale(mask, H)
+    ds_BKGTS = jnp.where(see_B11TS, slope * p_BKGTS * (dp_BKGTS - delta_BKGT1), 0.0)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+    dq_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", ds_BKGTS, k_BSKH.astype(jnp.float32))
+    dk_BSKH = jnp.einsum("BKGTS,BTKGH->BSKH", ds_BKGTS, q_BTKGH)
+    dv_BSKH = jnp.einsum("BKGTS,BTKGH->BSKH", p_BKGTS, dout_BTKGH)
+    dq_BTNH = dq_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+    return dq_BTNH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
 
 
 def decode_attention(

@@ -1,7 +1,7 @@
 """The shape of a decoder, the families of architectures, and the published shapes by name.
 
 A config describes the network only; how it is executed (dtype, remat, attention implementation,
-mesh) is `decoder.Execution`, because that may change between two runs of one model.
+mesh) is `execution.Execution`, because that may change between two runs of one model.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxreason.kernels.decode import decode_attention, repeat_rows
 from jaxreason.model import attention as attention_lib
@@ -24,6 +24,7 @@ from jaxreason.model import lora as lora_lib
 from jaxreason.model import moe, rope
 from jaxreason.model.cache import Cache
 from jaxreason.model.config import DecoderConfig
+from jaxreason.model.execution import Execution
 from jaxreason.model.heads import Head, ValueHead, values
 from jaxreason.model.layer import (
     Block,
@@ -36,27 +37,11 @@ from jaxreason.model.layer import (
     rms_norm,
 )
 from jaxreason.model.lora import LoraConfig
+from jaxreason.model.rows import Rows
 from jaxreason.parallel import rules
 from jaxreason.types import AttentionMask, Params, pytree_dataclass
 
-REMAT = ("none", "full")
 _LOAD = "expert_load"  # beside the parameters, where they see a part of the batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a decoder runs; none of it changes what it computes, up to rounding."""
-
-    dtype: str = "float32"  # of activations and of the weights as they multiply
-    attention: str = "auto"
-    remat: str = "none"  # full: every layer is recomputed in the backward pass
-    scan_layers: bool = False  # one compiled layer in a loop; unrolled runs about 8 % faster on CPU
-
-    def __post_init__(self):
-        if self.remat not in REMAT:
-            raise ValueError(f"mesh.remat is {self.remat!r}; it must be one of {', '.join(REMAT)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"mesh.dtype is {self.dtype!r}; it must be float32 or bfloat16")
 
 
 class Decoder(nnx.Module):
@@ -120,9 +105,11 @@ class LanguageModel:
         self.valid_vocab = valid_vocab if padded else None
         self.dtype = jnp.dtype(execution.dtype)
         self.head = Head(mesh, self.valid_vocab)
-        self._attention = attention_lib.build(execution.attention, mesh)
+        self._attention = attention_lib.build(execution.attention, mesh, execution.context)
+        self.rows = Rows(mesh)
         # The rollout engine splits rows over the mesh by itself.
         self._attend_lane = attention_lib.build(execution.attention, None)
+        self._experts, self._experts_lane = moe.build(execution.experts, mesh)
         # Concatenating weights that are split over the tensor axis would move them between devices.
         self._fuse = mesh is None or rules.axis_size(mesh, "heads") == 1
         self.value_head, self.lora = value_head, lora
@@ -142,6 +129,17 @@ class LanguageModel:
             self.shapes, self.axes = shapes, axes
         if mesh is not None:
             self.shardings()  # raises now, not at the first step
+
+    def adapted(self, lora: LoraConfig | None, value_head: bool = False) -> "LanguageModel":
+        """This plain model as a stage trains it; itself where that trains all of it and no more.
+
+        Raises ValueError where the adapters do not fit the model.
+        """
+        if lora is None and not value_head:
+            return self
+        return LanguageModel(
+            self.config, self.execution, self.mesh, self.valid_vocab, value_head, lora
+        )
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters; adapters that change nothing yet, of a LoRA model."""
@@ -217,7 +215,11 @@ class LanguageModel:
     # -- training ----------------------------------------------------------------------------------
 
     def hidden(self, params: Params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
-        """hidden_BTD after the final norm, every document of a row on its own."""
+        """hidden_BTD after the final norm, every document of a row on its own.
+
+        Where the mesh splits rows, T is that of `Rows.arranged`: only the head's functions below
+        know which position is where.
+        """
         return self._forward(params, tokens_BT, segments_BT, positions_BT)[0]
 
     def hidden_and_balance(self, params: Params, tokens_BT, segments_BT, positions_BT):
@@ -237,6 +239,9 @@ class LanguageModel:
     def _forward(self, params, tokens_BT, segments_BT, positions_BT):
         c = self.config
         module = self._module(params)
+        tokens_BT, segments_BT, positions_BT = (
+            self.rows.arranged(x_BT) for x_BT in (tokens_BT, segments_BT, positions_BT)
+        )
         angles = self._angles(positions_BT)
         real_BT = segments_BT != 0
 
@@ -246,14 +251,11 @@ class LanguageModel:
             def apply(x_BTD, parameters):
                 block, adapters = parameters
                 w = block.weights(c, self.dtype, self._fuse, adapters)
-                q, k, v = qkv(c, w, x_BTD, *angles[sliding])
+                q, k, v = qkv(c, w, x_BTD, *angles[sliding], mesh=self.mesh)
                 attended_BTNH = self._attention(q, k, v, mask)
-                x_BTD, routing = finish_layer(c, w, x_BTD, attended_BTNH, real_BT)
-                return rules.constrain(x_BTD, self.mesh, "batch", "length", "model"), routing
+                return finish_layer(c, w, x_BTD, attended_BTNH, self._experts, real_BT, self.mesh)
 
-            if self.execution.remat == "full":
-                return jax.checkpoint(apply, policy=jax.checkpoint_policies.nothing_saveable)
-            return apply
+            return self.execution.rematerialised(apply)
 
         x_BTD, routing_L = _scan_layers(
             {sliding: layer(sliding) for sliding in set(c.sliding)},
@@ -289,24 +291,25 @@ class LanguageModel:
 
     def xent(self, params, h_BTD, targets_BT, weights_BT, **options):
         """Weighted sums of the cross-entropy; see kernels.linear_xent.linear_xent."""
+        targets_BT, weights_BT = self.rows.arranged(targets_BT), self.rows.arranged(weights_BT)
         return self.head.xent(h_BTD, self.head_weight(params), targets_BT, weights_BT, **options)
 
     def logprobs(self, params, h_BTD, targets_BT, **options):
         """(logp_BT, entropy_BT, lse_BT); see kernels.linear_xent.linear_logprobs."""
-        return self.head.logprobs(h_BTD, self.head_weight(params), targets_BT, **options)
+        arranged_BT = self.rows.arranged(targets_BT)
+        found = self.head.logprobs(h_BTD, self.head_weight(params), arranged_BT, **options)
+        return tuple(self.rows.restored(x_BT, targets_BT.shape[1]) for x_BT in found)
 
-    def values(self, params: Params, h_BTD: jax.Array) -> jax.Array:
-        """values_BT of the value head, float32."""
-        return values(params["value_head"], h_BTD)
+    def values(self, params: Params, h_BTD: jax.Array, length: int) -> jax.Array:
+        """values_BT of the value head, float32.
+
+        Args:
+          length: T of the rows that h_BTD was made of.
+        """
+        return self.rows.restored(values(params["value_head"], h_BTD), length)
 
     def _embed(self, table_VD, tokens_BT):
-        # A table split on both dims makes XLA rematerialise it around the gather: gather it whole.
-        table_VD = table_VD.astype(self.dtype)
-        if self.mesh is not None and self.mesh.size > 1:
-            whole = NamedSharding(self.mesh, PartitionSpec())
-            table_VD = jax.lax.with_sharding_constraint(table_VD, whole)
-        x_BTD = self._scaled(table_VD[tokens_BT])
-        return rules.constrain(x_BTD, self.mesh, "batch", "length", "model")
+        return self._scaled(self.head.embedded(table_VD.astype(self.dtype), tokens_BT))
 
     def _scaled(self, x):
         """Embeddings as they enter. The factor is rounded too, as the family was trained."""
@@ -319,7 +322,7 @@ class LanguageModel:
     def decode_weights(self, params: Params) -> DecodeWeights:
         """The weights as the decode loop multiplies them: cast, joined, gathered over fsdp.
 
-        What stays split is what the tensor axis splits.
+        What stays split is what the tensor axis splits; every lane has all experts.
         """
         params = self.merge(params)
         module = self._module(params)
@@ -335,7 +338,7 @@ class LanguageModel:
         )
 
     def _placed(self, w: LayerWeights) -> LayerWeights:
-        expert = ("expert",) if self.config.traits.experts else ()
+        expert = ("whole",) if self.config.traits.experts else ()
         axes = {
             "qkv": ("model", "heads", "head_dim"),
             "qkv_bias": ("bias", "head_dim"),
@@ -372,7 +375,7 @@ class LanguageModel:
                 k_BSKH, v_BSKH = jnp.swapaxes(ks[-1], 1, 2), jnp.swapaxes(vs[-1], 1, 2)
                 mask = self._mask(c.sliding[i], q_offset_B=cache.lengths_B)
                 attended_BTNH = self._attend_lane(q_BTNH, k_BSKH, v_BSKH, mask)
-                x_BTD, _ = finish_layer(c, w, x_BTD, attended_BTNH)
+                x_BTD, _ = finish_layer(c, w, x_BTD, attended_BTNH, self._experts_lane)
         return Cache(k=tuple(ks), v=tuple(vs), lengths_B=cache.lengths_B + sizes_B)
 
     def decode(
@@ -404,7 +407,7 @@ class LanguageModel:
                 scale=c.attention_scale,
                 window=c.window if c.sliding[i] else None,
             )
-            x_BTD, _ = finish_layer(c, w, x_BTD, out_BNH[:, None])
+            x_BTD, _ = finish_layer(c, w, x_BTD, out_BNH[:, None], self._experts_lane)
         h_BD = self._final_norm(x_BTD[:, 0], weights.final_norm)
         logits_BV = self._logits(h_BD, weights.head_VD)
         return logits_BV, Cache(k=tuple(ks), v=tuple(vs), lengths_B=lengths_B)

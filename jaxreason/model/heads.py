@@ -1,4 +1,4 @@
-"""The language-model head on the mesh: loss, log-probs and KL without logits_BTV; the value head.
+"""The vocabulary on the mesh: embeddings, loss and log-probs without logits_BTV; the value head.
 
 Each device runs the row-chunked kernel on its own rows, so no chunk ever spans devices; the
 vocabulary is split over the tensor axis and the kernel reduces over it.
@@ -15,6 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxreason.kernels import linear_xent as kernel
 from jaxreason.parallel import rules
 from jaxreason.types import Params
+
+_ROWS = rules.spec(("batch", "length"))
+_TOKENS = rules.mesh_axes("batch") + rules.mesh_axes("length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,30 @@ class Head:
             return fn
         return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
+    def embedded(self, table_VD, tokens_BT):
+        """The tokens' rows of the table, as the residual stream lies.
+
+        Each part of the vocabulary looks up its own tokens. The table's other dim is whole by then:
+        split on both dims, XLA would rematerialise it around the lookup.
+        """
+        if not self._parallel:
+            return table_VD[tokens_BT]
+        axis = self._vocab_axis
+
+        def local(table_VD, tokens_BT):
+            if axis is None:
+                return table_VD[tokens_BT]
+            ids_BT = tokens_BT - table_VD.shape[0] * jax.lax.axis_index(axis)
+            here_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
+            x_BTD = jnp.where(here_BT[..., None], table_VD[jnp.where(here_BT, ids_BT, 0)], 0)
+            return jax.lax.psum_scatter(x_BTD, axis, scatter_dimension=1, tiled=True)
+
+        in_specs = (PartitionSpec(axis), _ROWS)
+        stream = rules.spec(("batch", "residual"))
+        return self._on_mesh(local, in_specs, stream)(table_VD, tokens_BT)
+
     def xent(self, h_BTD, w_VD, targets_BT, weights_BT, *, temperature=1.0, z_loss=0.0):
         """(weighted sum of the loss, kernels.linear_xent.XentMetrics of weighted sums)."""
-        rows = PartitionSpec(rules.BATCH_AXES)
         run = functools.partial(
             kernel.linear_xent,
             temperature=temperature,
@@ -52,14 +76,13 @@ class Head:
         def local(h_BTD, w_VD, targets_BT, weights_BT):
             D = h_BTD.shape[-1]
             sums = run(h_BTD.reshape(-1, D), w_VD, targets_BT.reshape(-1), weights_BT.reshape(-1))
-            return jax.lax.psum(sums, rules.BATCH_AXES) if self._parallel else sums
+            return jax.lax.psum(sums, _TOKENS) if self._parallel else sums
 
-        in_specs = (rows, PartitionSpec(self._vocab_axis), rows, rows)
+        in_specs = (_ROWS, PartitionSpec(self._vocab_axis), _ROWS, _ROWS)
         return self._on_mesh(local, in_specs, PartitionSpec())(h_BTD, w_VD, targets_BT, weights_BT)
 
     def logprobs(self, h_BTD, w_VD, targets_BT, *, temperature=1.0):
         """(logp_BT, entropy_BT, lse_BT) of the targets at this temperature."""
-        rows = PartitionSpec(rules.BATCH_AXES)
 
         def local(h_BTD, w_VD, targets_BT):
             out = kernel.linear_logprobs(
@@ -72,8 +95,8 @@ class Head:
             )
             return tuple(x.reshape(targets_BT.shape) for x in out)
 
-        in_specs = (rows, PartitionSpec(self._vocab_axis), rows)
-        return self._on_mesh(local, in_specs, (rows, rows, rows))(h_BTD, w_VD, targets_BT)
+        in_specs = (_ROWS, PartitionSpec(self._vocab_axis), _ROWS)
+        return self._on_mesh(local, in_specs, (_ROWS, _ROWS, _ROWS))(h_BTD, w_VD, targets_BT)
 
 
 class ValueHead(nnx.Module):

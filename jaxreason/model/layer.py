@@ -13,10 +13,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from jaxreason.model import moe
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.rope import rotate
+from jaxreason.parallel import rules
 from jaxreason.types import Params, pytree_dataclass
 
 _ACTIVATIONS = {
@@ -68,7 +71,8 @@ class Block(nnx.Module):
         expert, of_expert = ((E,), ("expert",)) if traits.experts else ((), ())
         if traits.experts:
             self.router = normal(rngs, (D, E), ("embed", "router"), c.init_std)
-        into, out = (*of_expert, "embed", "mlp"), (*of_expert, "mlp", "embed")
+        embed = "expert_embed" if traits.experts else "embed"
+        into, out = (*of_expert, embed, "mlp"), (*of_expert, "mlp", embed)
         self.w_gate = normal(rngs, (*expert, D, F), into, c.init_std)
         self.w_up = normal(rngs, (*expert, D, F), into, c.init_std)
         self.w_down = normal(rngs, (*expert, F, D), out, out_std)
@@ -132,31 +136,35 @@ def rms_norm(x, scale, eps):
     )
 
 
-def project(x, w, num_in: int = 1):
+def project(x, w, num_in: int = 1, mesh: Mesh | None = None):
     """x [B, T, *in] times w [*in, *out] over its first `num_in` dims -> [B, T, *out].
 
-    One product of two matrices, sums in float32: the gradient of w of the same einsum over
-    [B, T, ...] costs 2.5 times as much on CPU, where XLA then transposes the larger operand.
+    Without a mesh one product of two matrices: the gradient of w of the same einsum over
+    [B, T, ...] costs 2.5 times as much on CPU, where XLA then transposes the larger operand. On a
+    mesh B and T stay apart: joined they cannot both be split. Sums are in float32.
     """
-    *rows, into, out = *x.shape[:2], w.shape[:num_in], w.shape[num_in:]
-    x_XI, w_IO = x.reshape(-1, math.prod(into)), w.reshape(math.prod(into), -1)
-    out_XO = jnp.einsum("XI,IO->XO", x_XI, w_IO, preferred_element_type=jnp.float32)
+    rows, into, out = x.shape[:2], w.shape[:num_in], w.shape[num_in:]
+    x_XI, w_IO = x.reshape(*rows, math.prod(into)), w.reshape(math.prod(into), -1)
+    if mesh is None:
+        x_XI = x_XI.reshape(-1, math.prod(into))
+    out_XO = jnp.einsum("...I,IO->...O", x_XI, w_IO, preferred_element_type=jnp.float32)
     return out_XO.astype(x.dtype).reshape(*rows, *out)
 
 
-def _linear(w: LayerWeights, name: str, x, weight, num_in: int = 1):
+def _linear(w: LayerWeights, name: str, x, weight, num_in: int = 1, mesh: Mesh | None = None):
     """x times the weight of that name, with its adapter if it has one."""
-    out = project(x, weight, num_in)
+    out = project(x, weight, num_in, mesh)
     if w.lora is None or name not in w.lora:
         return out
-    return out + project(project(x, w.lora[name]["a"], num_in), w.lora[name]["b"])
+    inner = project(x, w.lora[name]["a"], num_in, mesh)
+    return out + project(inner, w.lora[name]["b"], mesh=mesh)
 
 
-def qkv(c: DecoderConfig, w: LayerWeights, x_BTD, cos, sin):
+def qkv(c: DecoderConfig, w: LayerWeights, x_BTD, cos, sin, mesh: Mesh | None = None):
     """Normed and rotated queries [B,T,N,H], keys and values [B,T,K,H]."""
-    h_BTD = rms_norm(x_BTD, w.attention_norm, c.norm_eps)
-    parts = [_linear(w, name, h_BTD, part) for name, part in zip(("wq", "wk", "wv"), w.qkv)]
-    heads = jnp.concatenate(parts, axis=2)
+    h_BTD = _normed(c, x_BTD, w.attention_norm, mesh)
+    parts = [_linear(w, n, h_BTD, part, mesh=mesh) for n, part in zip(("wq", "wk", "wv"), w.qkv)]
+    heads = checkpoint_name(jnp.concatenate(parts, axis=2), "qkv")
     if w.qkv_bias is not None:
         heads = heads + w.qkv_bias
     q_BTNH, k_BTKH, v_BTKH = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
@@ -166,36 +174,63 @@ def qkv(c: DecoderConfig, w: LayerWeights, x_BTD, cos, sin):
     return rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH
 
 
-def finish_layer(c: DecoderConfig, w: LayerWeights, x_BTD, attended_BTNH, real_BT=None):
+def finish_layer(
+    c: DecoderConfig,
+    w: LayerWeights,
+    x_BTD,
+    attended_BTNH,
+    experts: moe.Experts,
+    real_BT=None,
+    mesh: Mesh | None = None,
+):
     """Output projection, then the gated MLP, both on the residual stream.
 
     Returns (x_BTD, moe.Routing over the tokens of `real_BT`, or None without it or experts).
     """
-    out_BTD = _linear(w, "wo", attended_BTNH, w.wo, num_in=2)
+    out_BTD = _linear(w, "wo", attended_BTNH, w.wo, num_in=2, mesh=mesh)
+    out_BTD = checkpoint_name(_residual(out_BTD, mesh), "attention_projection")
     x_BTD = x_BTD + _post_norm(c, out_BTD, w.post_attention_norm)
-    h_BTD = rms_norm(x_BTD, w.mlp_norm, c.norm_eps)
-    out_BTD, routing = (_experts if c.traits.experts else _mlp)(c, w, h_BTD, real_BT)
-    return x_BTD + _post_norm(c, out_BTD, w.post_mlp_norm), routing
+    if c.traits.experts:
+        out_BTD, routing = _experts(c, w, x_BTD, experts, real_BT)
+    else:
+        out_BTD, routing = _mlp(c, w, x_BTD, mesh), None
+    return x_BTD + _post_norm(c, _residual(out_BTD, mesh), w.post_mlp_norm), routing
+
+
+def _normed(c: DecoderConfig, x_BTD, scale, mesh: Mesh | None):
+    """The stream normed where it lies, split along T over the tensor axis too, then gathered."""
+    return rules.constrain(rms_norm(x_BTD, scale, c.norm_eps), mesh, "batch", "length", "model")
+
+
+def _residual(out_BTD, mesh: Mesh | None):
+    """What a branch adds to the stream, where the stream lies: the tensor axis' parts are summed
+    and split along T at once."""
+    return rules.constrain(out_BTD, mesh, "batch", "residual", "model")
 
 
 def _post_norm(c: DecoderConfig, out_BTD, scale):
     return out_BTD if scale is None else rms_norm(out_BTD, scale, c.norm_eps)
 
 
-def _mlp(c: DecoderConfig, w: LayerWeights, h_BTD, real_BT):
-    parts = [_linear(w, name, h_BTD, part) for name, part in zip(("w_gate", "w_up"), w.gate_up)]
-    gate_BTF, up_BTF = jnp.split(jnp.concatenate(parts, axis=-1), 2, axis=-1)
-    return _linear(
-        w, "w_down", _ACTIVATIONS[c.traits.activation](gate_BTF) * up_BTF, w.w_down
-    ), None
+def _mlp(c: DecoderConfig, w: LayerWeights, x_BTD, mesh: Mesh | None):
+    h_BTD = _normed(c, x_BTD, w.mlp_norm, mesh)
+    names = ("w_gate", "w_up")
+    parts = [_linear(w, name, h_BTD, part, mesh=mesh) for name, part in zip(names, w.gate_up)]
+    if len(parts) == 1:  # joined
+        parts = jnp.split(parts[0], 2, axis=-1)
+    gate_BTF, up_BTF = (checkpoint_name(part, "gate_up") for part in parts)
+    inner_BTF = _ACTIVATIONS[c.traits.activation](gate_BTF) * up_BTF
+    return _linear(w, "w_down", inner_BTF, w.w_down, mesh=mesh)
 
 
-def _experts(c: DecoderConfig, w: LayerWeights, h_BTD, real_BT):
-    h_XD = h_BTD.reshape(-1, c.embed_dim)
-    probs_XE, weights_XK, ids_XK = moe.route(
-        h_XD, w.router, c.experts_per_token, c.norm_expert_weights
+def _experts(c: DecoderConfig, w: LayerWeights, x_BTD, experts: moe.Experts, real_BT):
+    """The stream is normed where it lies; it is the experts that gather it."""
+    return experts(
+        rms_norm(x_BTD, w.mlp_norm, c.norm_eps),
+        real_BT,
+        w.router,
+        (*w.gate_up, w.w_down),
+        num_chosen=c.experts_per_token,
+        normalised=c.norm_expert_weights,
+        activation=_ACTIVATIONS[c.traits.activation],
     )
-    activation = _ACTIVATIONS[c.traits.activation]
-    out_XD = moe.mixture(h_XD, weights_XK, ids_XK, *w.gate_up, w.w_down, activation)
-    routing = None if real_BT is None else moe.summarise(probs_XE, ids_XK, real_BT.reshape(-1))
-    return out_XD.reshape(h_BTD.shape), routing

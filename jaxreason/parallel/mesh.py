@@ -1,13 +1,22 @@
-"""The device mesh: axis names, and a shape that must fit the devices."""
+"""The device mesh: axis names, a shape that must fit the devices, a layout that suits their links.
+
+Axes, outermost first; the further in, the more often its devices speak:
+  data     whole copies of the weights; gradients are summed once a step
+  fsdp     weights, gradients and optimizer state are split, and gathered layer by layer
+  expert   splits rows as fsdp does, and experts besides: tokens are exchanged in every layer
+  context  splits the length of a row: keys and values pass around in every layer
+  tensor   splits heads, MLPs and the vocabulary: activations are exchanged twice a layer
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor")  # outermost first: tensor neighbours share the fastest links
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def resolve_shape(shape: Mapping[str, int], num_devices: int) -> dict[str, int]:
@@ -43,9 +52,40 @@ def resolve_shape(shape: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all `devices` (default: all there are) with the axes of `AXES`."""
+    """A mesh of all `devices` (default: all there are) with the axes of `AXES`.
+
+    Inner axes take neighbours: GPUs of one host before those of another, TPUs along the torus of
+    their slice before those of another slice.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = resolve_shape(shape, len(devices))
-    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    sizes = tuple(resolve_shape(shape, len(devices)).values())
     # jax.make_mesh defaults to Explicit axes; the compiler places collectives only for Auto ones.
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape, those with fast links between them side by side."""
+    islands: dict[int, list[jax.Device]] = {}  # by fast links: TPU slices, NVLink domains
+    for device in devices:
+        islands.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    across = _outermost(sizes, len(islands))
+    within = tuple(size // outer for size, outer in zip(sizes, across))
+    if devices[0].platform != "tpu" or math.prod(across) != len(islands):
+        nearby = lambda device: (getattr(device, "slice_index", 0), device.process_index, device.id)
+        return np.asarray(sorted(devices, key=nearby)).reshape(sizes)
+    grids = [
+        mesh_utils.create_device_mesh(within, islands[i], allow_split_physical_axes=True)
+        for i in sorted(islands)
+    ]
+    outer = np.asarray(grids).reshape(*across, *within)
+    order = [axis for i in range(len(sizes)) for axis in (i, len(sizes) + i)]
+    return outer.transpose(order).reshape(sizes)
+
+
+def _outermost(sizes: tuple[int, ...], islands: int) -> tuple[int, ...]:
+    """How many ways each axis is cut between islands, as far out as it goes."""
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, islands))
+        islands //= across[-1]
+    return tuple(across)

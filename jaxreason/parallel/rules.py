@@ -1,5 +1,6 @@
 """THE table: which mesh axis each logical axis of a weight or an activation is split over."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -7,36 +8,40 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("data", "fsdp"),
-    "length": None,
+    "batch": ("data", "fsdp", "expert"),
+    "length": "context",
+    "residual": ("context", "tensor"),  # length of the stream between layers, and of its norms
+    "lane": ("data", "fsdp", "expert", "context"),  # rows that are sampled, one token at a time
+    "model": None,  # activations' own width
+    "whole": None,
     # weights
     "layer": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "bias": "tensor",  # of the heads, split as they are
-    "expert": None,
+    "expert": "expert",
+    "expert_embed": ("fsdp", "context"),  # of the experts' own matrices
     "router": None,  # its outputs
     "rank": None,  # of LoRA adapters
     "norm": None,  # scales are too small to be worth a gather
-    # activations' own width: whole on every device
-    "model": None,
 }
 
 BATCH_AXES: tuple[str, ...] = RULES["batch"]
+LANE_AXES: tuple[str, ...] = RULES["lane"]
 
 
 def axis_size(mesh: Mesh, logical: str) -> int:
     """How many ways a logical axis is split on this mesh."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(logical))
+
+
+def mesh_axes(logical: str) -> tuple[str, ...]:
     axes = RULES[logical]
-    names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-    size = 1
-    for name in names:
-        size *= mesh.shape[name]
-    return size
+    return axes if isinstance(axes, tuple) else (axes,) if axes else ()
 
 
 def spec(logical_axes: Sequence[str]) -> PartitionSpec:
@@ -52,11 +57,12 @@ def sharding(
     not divide.
     """
     for dim, (size, logical) in enumerate(zip(shape, logical_axes, strict=True)):
+        split = [axis for axis in mesh_axes(logical) if mesh.shape[axis] > 1]
         ways = axis_size(mesh, logical)
         if size % ways:
             raise ValueError(
                 f"weight {name}: dim {dim} ({logical}) = {size} is not a multiple of "
-                f"mesh axis {RULES[logical]} = {ways}"
+                f"mesh axis {' x '.join(split)} = {ways}"
             )
     return NamedSharding(mesh, spec(logical_axes))
 

@@ -1,6 +1,8 @@
 """Collecting a rollout: prompts, completions, rewards, and which groups are worth learning from."""
 
 import dataclasses
+import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,9 +11,11 @@ from typing import Any
 import jax
 
 from jaxreason.data.prompts import PromptStream
+from jaxreason.parallel import hosts
 from jaxreason.rollout.generate import Generate
+from jaxreason.rollout.parts import Interrupted
 from jaxreason.train.groups import Group
-from jaxreason.types import Completion, Params, Sampling
+from jaxreason.types import Completion, Params, Prompt, Sampling
 
 Reward = Callable[[Sequence[Completion], Sequence[str]], tuple[list[float], dict[str, list[float]]]]
 
@@ -62,10 +66,6 @@ class Rollout:
         return cls(groups=groups, **{name: content[name] for name in names})
 
 
-class Interrupted(Exception):
-    """The rollout was asked to stop; what was complete is in the rollout it was given."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Collector:
     """Fills rollouts. A step's draws depend on the key, the step and the parameters alone.
@@ -91,8 +91,8 @@ class Collector:
     ) -> Rollout:
         """Draws until the rollout is complete; a rollout that was begun goes on where it was.
 
-        Raises Interrupted soon after `stop()` is true, the prompt stream back where the last
-        complete draw left it.
+        Raises Interrupted soon after `stop()` is true in any process: what was complete is in the
+        rollout, and the prompt stream back where the last complete draw left it.
         """
         rollout.began = time.perf_counter()
         step_key = jax.random.fold_in(self.key, rollout.step)
@@ -131,9 +131,7 @@ class Collector:
         prompts = self.prompts.next(num)
         texts = [prompt.text for prompt in prompts]
         completions = self.generate(params, texts, self.sampling, key, on_progress=on_progress)
-        flat = [c for row in completions for c in row]
-        answers = [p.answer for p, row in zip(prompts, completions, strict=True) for _ in row]
-        rewards, breakdown = self.reward(flat, answers)
+        rewards, breakdown = self._rewards(prompts, completions)
         groups, R = [], self.sampling.num_samples
         for q, prompt in enumerate(prompts):
             own = slice(q * R, (q + 1) * R)
@@ -147,6 +145,28 @@ class Collector:
             self.prompts.record(prompt.id, self._solve_rate(group), R)
             groups.append(group)
         return groups
+
+    def _rewards(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """Of all completions. Each process scores those of its part of the prompts.
+
+        Also because a verifier has time limits: processes that scored the same completions could
+        differ, and learn different things.
+        """
+        mine = hosts.share(len(prompts))
+        flat = [c for row in completions[mine] for c in row]
+        pairs = zip(prompts[mine], completions[mine], strict=True)
+        scored = self.reward(flat, [p.answer for p, row in pairs for _ in row])
+        if not hosts.several():
+            return scored
+        parts = hosts.exchange("rewards", json.dumps(scored).encode())
+        rewards, breakdowns = zip(*map(json.loads, parts), strict=True)
+        together = lambda lists: list(itertools.chain.from_iterable(lists))
+        names = max(breakdowns, key=len)  # a part of no completions may name fewer
+        return together(rewards), {
+            name: together(part.get(name, []) for part in breakdowns) for name in names
+        }
 
     def _solve_rate(self, group: Group) -> float:
         """The share of the completions that are right. Raises ValueError where it can be none."""

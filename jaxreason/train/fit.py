@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +51,7 @@ class Fit:
     optimizer: optax.GradientTransformation
     schedule: Schedule
     train_step: TrainStep
-    pipeline: Pipeline
+    pipeline: Pipeline  # of the rows that lie on this process's devices
     store: Store
     writer: MetricsWriter
     progress: Progress
@@ -103,37 +105,49 @@ def fit(
     # --- steps ------------------------------------------------------------------------------------
     job.progress.start(job.stage, config.steps, done)
     pending = None  # the step in flight: reported after the next is dispatched, never waited for
-    with sigterm_asks() as stopping:
+    owned, num_shards = job.pipeline.owned, job.pipeline.num_shards
+    with sigterm_asks() as asked:
+        sign = hosts.StopSign(job.stage, asked)
         while done < config.steps:
             _trace(job, done)
             began = time.perf_counter()
             batch = next(job.pipeline)
             waited = time.perf_counter() - began
-            read = int(np.count_nonzero(batch.segments_BT)) * jax.process_count()
+            read = np.count_nonzero(batch.segments_BT) * num_shards // len(owned)
             if job.model.mesh is not None:
-                batch = hosts.to_global(job.model.mesh, batch)
+                batch = hosts.to_global(job.model.mesh, batch, owned, num_shards)
             state, metrics = job.train_step(state, batch, frozen)
             done += 1
             if pending is not None:
                 report.step(*pending)
             pending = (done, metrics, read, waited)
-            last = done == config.steps
-            if last or stopping.is_set() or done % config.save_every == 0:
+            last, stopping = done == config.steps, sign.due(done)
+            if last or stopping or done % config.save_every == 0:
                 # The log is complete up to a step before that step can be resumed from.
                 report.step(*pending)
                 pending = None
                 if last or (config.validate_every and done % config.validate_every == 0):
                     report.validation(done, state)
                 host = {"stage": job.stage, "step": done, "tokens": report.total_tokens}
-                items = {"state": state, "data": job.pipeline.get_state(), "host": host}
-                job.store.save(done, items, wait=last or stopping.is_set())
-                if stopping.is_set() and not last:
+                items = {"state": state, "data": whole_state(job.pipeline), "host": host}
+                job.store.save(done, items, wait=last or stopping)
+                if stopping and not last:
                     job.progress.say(f"{job.stage}: SIGTERM, saved step {done}")
                     raise Terminated
             elif config.validate_every and done % config.validate_every == 0:
                 report.validation(done, state)
     job.progress.stop()
     return state, report.total_tokens
+
+
+def whole_state(pipeline: Pipeline) -> dict[str, Any]:
+    """Where the shards of all processes stand, in process 0, which saves it; else those owned.
+
+    To be called by all processes together.
+    """
+    parts = hosts.to_first("data", json.dumps(pipeline.get_state()).encode())
+    found = {int(i): state for part in parts for i, state in json.loads(part)["shards"].items()}
+    return {"shards": {str(i): found[i] for i in sorted(found)}}
 
 
 def _validation(stage: str) -> str:

@@ -9,6 +9,7 @@ import jax
 import rich.console
 import rich.progress
 
+from jaxreason.parallel import hosts
 from jaxreason.report.summary import read_lines, write_whole
 
 
@@ -16,7 +17,8 @@ class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and mirrors it under WORKDIR/tensorboard/.
 
     metrics.jsonl is the truth: opening the writer drops a half-written last line and rebuilds the
-    TensorBoard events from the file, so that both can be cut back when a run resumes.
+    TensorBoard events from the file, so that both can be cut back when a run resumes. Of several
+    processes the first writes.
     """
 
     def __init__(self, workdir: pathlib.Path):
@@ -30,6 +32,8 @@ class MetricsWriter:
         self._reopen(lambda record: record["stage"] != stage or record["step"] <= step)
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        if not hosts.is_first():
+            return
         record = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -42,6 +46,8 @@ class MetricsWriter:
             self._file = self._board = None
 
     def _reopen(self, keep) -> None:
+        if not hosts.is_first():
+            return
         from tensorboardX import SummaryWriter  # 2 s of imports: not for a run that fails at once
 
         self.close()
@@ -61,10 +67,13 @@ class MetricsWriter:
 
 
 class Progress:
-    """Stage, step, loss, tokens/s and time left; one plain line a report when not a terminal."""
+    """Stage, step, loss, tokens/s and time left; one plain line a report when not a terminal.
+
+    Of several processes the first speaks.
+    """
 
     def __init__(self, console: rich.console.Console | None = None):
-        self.console = console or rich.console.Console(highlight=False)
+        self.console = console or rich.console.Console(highlight=False, quiet=not hosts.is_first())
         self._bar = self._task = None
 
     def say(self, text: str) -> None:

@@ -112,7 +112,7 @@ def _muon_dims(axes: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | No
         return None
     first = 2 if axes[1] == "expert" else 1  # a matrix of its own, as a layer's is
     dims = tuple(range(first, len(axes)))
-    into = dims[:1] if axes[first] in ("embed", "rank") else dims[:-1]
+    into = dims[:1] if axes[first] in ("embed", "expert_embed", "rank") else dims[:-1]
     return optax.contrib.MuonDimensionNumbers(
         reduction_axis=into, output_axis=tuple(d for d in dims if d not in into)
     )

@@ -16,7 +16,7 @@ from jaxreason.checkpoint.store import Store
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.objectives.advantage import TokenArrays, advantages, mismatch
 from jaxreason.objectives.policy import Algorithm, PolicyGradient, next_entropy_coef
-from jaxreason.parallel import hosts
+from jaxreason.parallel import hosts, rules
 from jaxreason.report.summary import read_lines, write_whole
 from jaxreason.rollout.sync import snapshot
 from jaxreason.train import state as state_lib
@@ -89,6 +89,7 @@ class RL:
     progress: Progress
     samples: pathlib.Path
     seed: int
+    to_sampler: Callable[[Params], Params] = lambda params: params  # where the sampler reads them
     evaluate: Callable[[Params], dict[str, float]] | None = None
 
 
@@ -137,17 +138,21 @@ def train(
     # --- steps ------------------------------------------------------------------------------------
     job.progress.start(job.stage, config.steps, done)
     trained = (0.0, 0.0)  # when the step before was learnt from, in seconds of perf_counter
-    with sigterm_asks() as stopping, _Rollouts(job, pending) as rollouts:
+    with sigterm_asks() as asked, _Rollouts(job, pending) as rollouts:
+        sign = hosts.StopSign(job.stage, asked)
         while done < config.steps:
             began = time.perf_counter()
+            latest = lambda: job.to_sampler(whole(state.params))
             try:
-                rollout = rollouts.take(done + 1, whole(state.params), stopping.is_set)
+                rollout = rollouts.take(done + 1, latest, sign.seen)
             except Interrupted:
                 save(done, rollouts.begun, wait=True)
                 job.progress.say(f"{job.stage}: SIGTERM in a rollout, saved step {done}")
                 raise Terminated from None
-            # A copy: the train step donates the original.
-            rollouts.draw_ahead(done + 2, lambda: whole(snapshot(state.params)))
+            # A copy: the train step donates the original. Moved from here, not from the thread:
+            # several processes must start what all their devices do in one order.
+            copy = lambda: job.to_sampler(whole(snapshot(state.params)))
+            rollouts.draw_ahead(done + 2, copy)
             learning = time.perf_counter()
             if why := _why_skipped(job, rollout):
                 host["skipped"] += 1
@@ -171,9 +176,10 @@ def train(
             if config.evaluate_every and (last or done % config.evaluate_every == 0):
                 values |= job.evaluate(whole(state.params))
             _report(job, done, values, rollout)
-            if last or stopping.is_set() or done % config.save_every == 0:
-                save(done, rollouts.ahead(), wait=last or stopping.is_set())
-                if stopping.is_set() and not last:
+            stopping = sign.agreed()
+            if last or stopping or done % config.save_every == 0:
+                save(done, rollouts.ahead(), wait=last or stopping)
+                if stopping and not last:
                     job.progress.say(f"{job.stage}: SIGTERM, saved step {done}")
                     raise Terminated
     job.progress.stop()
@@ -212,13 +218,13 @@ class _Rollouts:
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._future: concurrent.futures.Future[Rollout] | None = None
 
-    def take(self, step: int, params: Params, stop: Callable[[], bool]) -> Rollout:
+    def take(self, step: int, params: Callable[[], Params], stop: Callable[[], bool]) -> Rollout:
         """The complete rollout of this step. Raises Interrupted, leaving it in `begun`."""
         if self._future is not None:
             rollout, self._future = self._future.result(), None
             return rollout
         self.begun = self.begun or Rollout(step)
-        rollout = self._job.collector.collect(self.begun, params, stop)
+        rollout = self._job.collector.collect(self.begun, params(), stop)
         self.begun = None
         return rollout
 
@@ -256,7 +262,8 @@ def make_score(model: LanguageModel, policy: PolicyGradient):
             scores["values"] = values_BT
         if reference is not None:
             scores["ref_logprobs"] = policy.score(model, reference, batch)[0]
-        return scores
+        # Whole on every device: every process reads all of them.
+        return {name: rules.constrain(x, model.mesh, "whole") for name, x in scores.items()}
 
     return score
 
@@ -396,7 +403,7 @@ def _report(job: RL, step: int, values: dict[str, float], rollout: Rollout) -> N
         if rollout.groups:
             detail += f"length {values['completions/mean_length']:.0f}  "
         job.progress.update(step, detail + f"{values['perf/step_time']:.1f} s a step")
-    if step % config.samples_every == 0 or step in (1, config.steps):
+    if hosts.is_first() and (step % config.samples_every == 0 or step in (1, config.steps)):
         with job.samples.open("a") as file:
             for group in rollout.groups:
                 file.write(json.dumps(_sample(job, step, group)) + "\n")
@@ -445,6 +452,8 @@ def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 def _cut_samples(job: RL, done: int) -> None:
     """Forget the groups of steps that will be taken again."""
+    if not hosts.is_first():
+        return
     lines = read_lines(job.samples)
     kept = [s for s in lines if s["stage"] != job.stage or s.get("step", 0) <= done]
     write_whole(job.samples, "".join(json.dumps(line) + "\n" for line in kept))

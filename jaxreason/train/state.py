@@ -34,13 +34,16 @@ def shardings(model: LanguageModel, optimizer: optax.GradientTransformation) -> 
         return None
     everywhere = NamedSharding(model.mesh, PartitionSpec())
     weights = model.shardings()
-    opt = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, model.shapes),
-        weights,
-        transform_non_params=lambda _: everywhere,
-    )
+    keys = lambda path: tuple(str(getattr(key, "key", key)) for key in path)
+    by_path = {keys(path): place for path, place in jax.tree_util.tree_leaves_with_path(weights)}
+
+    def place(path, leaf) -> NamedSharding:
+        """That of the weight whose path ends the leaf's, as every optimizer of Optax names them."""
+        names = keys(path)
+        ends = (names[i:] for i in range(len(names)))
+        return next((by_path[end] for end in ends if end in by_path), everywhere)
+
+    opt = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, model.shapes))
     return TrainState(
         step=everywhere, params=weights, opt=opt, key=everywhere, nonfinite=everywhere
     )

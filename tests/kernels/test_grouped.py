@@ -1,57 +1,99 @@
 """The expert product: exact for any sizes, gradients too, and nothing of [groups, rows, *]."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxreason.kernels import grouped, grouped_pallas
 from jaxreason.kernels.grouped import grouped_matmul
 
-
-def dense(x_XI, w_EIO, sizes_E):
-    """Every row times the matrix of its group, gathered: the truth in a line."""
-    group_X = jnp.repeat(jnp.arange(len(sizes_E)), sizes_E, total_repeat_length=len(x_XI))
-    return jnp.einsum("XI,XIO->XO", x_XI, w_EIO[group_X])
-
-
-def operands(rows: int, groups: int, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(rows), 3)
-    x_XI = jax.random.normal(keys[0], (rows, 24), dtype)
-    w_EIO = jax.random.normal(keys[1], (groups, 24, 40), dtype)
-    return x_XI, w_EIO, jax.random.normal(keys[2], (rows, 40), dtype)
-
-
-# A block is 128 rows: groups of none, of one, of exactly a block, just over it, and all in one.
-@pytest.mark.parametrize(
-    "sizes", [(5, 0, 3), (0, 0, 7), (128, 129, 127), (1, 300, 0, 1), (0, 1), (256,)]
+X, I, O = 300, 136, 72  # no multiple of a block or a tile (128, 64)
+# Traced, so one program does all. Groups of none, of one, of exactly a block, just over it, all in
+# one; together every row, some, none.
+SIZES = [
+    (128, 129, 0, 43), (0, 0, 0, 300), (1, 298, 0, 1), (5, 0, 3, 0), (100, 60, 80, 50), (0, 0, 0, 0)
+]  # fmt: skip
+KEYS = jax.random.split(jax.random.key(0), 3)
+OPERANDS = tuple(
+    jax.random.normal(key, shape) for key, shape in zip(KEYS, [(X, I), (4, I, O), (X, O)])
 )
-def test_product_and_gradients(sizes):
-    x_XI, w_EIO, weights_XO = operands(sum(sizes), len(sizes))
-    sizes_E = jnp.array(sizes, jnp.int32)
 
-    def both(product):
-        loss = lambda x, w: (weights_XO * product(x, w, sizes_E)).sum()
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x_XI, w_EIO)
 
-    got = jax.jit(grouped_matmul)(x_XI, w_EIO, sizes_E)
-    np.testing.assert_allclose(got, dense(x_XI, w_EIO, sizes_E), atol=1e-5)
-    for ours, want in zip(both(grouped_matmul), both(dense), strict=True):
-        np.testing.assert_allclose(ours, want, atol=1e-4)  # sums over up to 300 rows
+def product_and_gradients(implementation, sizes_E, x_XI, w_EIO, dout_XO):
+    product = lambda x, w: grouped_matmul(x, w, sizes_E, implementation)
+    out_XO, pullback = jax.vjp(product, x_XI, w_EIO)
+    return out_XO, *pullback(dout_XO)
+
+
+def by_hand(sizes):
+    """The same three arrays, a row at a time in float64."""
+    x_XI, w_EIO, dout_XO = (np.asarray(operand, np.float64) for operand in OPERANDS)
+    out_XO, dx_XI, dw_EIO = np.zeros((X, O)), np.zeros((X, I)), np.zeros((4, I, O))
+    for row, e in enumerate(np.repeat(np.arange(4), sizes)):  # the rows beyond stay zeros
+        out_XO[row], dx_XI[row] = x_XI[row] @ w_EIO[e], w_EIO[e] @ dout_XO[row]
+        dw_EIO[e] += np.outer(x_XI[row], dout_XO[row])
+    return out_XO, dx_XI, dw_EIO
+
+
+@pytest.mark.parametrize("implementation", ["auto", "ragged", "interpret"])
+def test_product_and_gradients(implementation):
+    run = jax.jit(functools.partial(product_and_gradients, implementation))
+    for sizes in SIZES:
+        for got, want in zip(run(jnp.array(sizes, jnp.int32), *OPERANDS), by_hand(sizes)):
+            # sums of up to 300 products of size 1, in float32
+            np.testing.assert_allclose(got, want, atol=2e-4, err_msg=str(sizes))
+
+
+def test_smaller_tiles():
+    """Several tiles a side, and edges within one."""
+    tiles = grouped_pallas.Tiles(rows=32, columns=16, inner=16)
+    x_XI, w_EIO, dout_XO = OPERANDS
+    sizes_E = jnp.array([33, 0, 100, 31], jnp.int32)
+    want_XO, _, want_EIO = by_hand((33, 0, 100, 31))
+    got_XO = grouped_pallas.rows_times(x_XI, w_EIO, sizes_E, tiles=tiles, interpret=True)
+    np.testing.assert_allclose(got_XO, want_XO, atol=2e-4)
+    got_EIO = grouped_pallas.outer(x_XI, dout_XO, sizes_E, tiles=tiles, interpret=True)
+    np.testing.assert_allclose(got_EIO, want_EIO, atol=2e-4)
 
 
 def test_dtypes_are_the_operands():
-    x_XI, w_EIO, _ = operands(50, 4, jnp.bfloat16)
-    sizes_E = jnp.array([10, 0, 39, 1], jnp.int32)
-    loss = lambda x, w: grouped_matmul(x, w, sizes_E).astype(jnp.float32).sum()
-    assert grouped_matmul(x_XI, w_EIO, sizes_E).dtype == jnp.bfloat16
-    assert {g.dtype for g in jax.grad(loss, argnums=(0, 1))(x_XI, w_EIO)} == {jnp.bfloat16.dtype}
+    operands = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in OPERANDS]
+    sizes_E = jax.ShapeDtypeStruct((4,), jnp.int32)
+    for implementation in ("auto", "ragged", "interpret"):
+        run = functools.partial(product_and_gradients, implementation)
+        assert {x.dtype for x in jax.eval_shape(run, sizes_E, *operands)} == {jnp.dtype("bfloat16")}
 
 
 def test_nothing_is_held_of_every_row_and_group():
     """XLA's own lowering of a ragged product on CPU holds [groups, rows, in]: 25 MB here."""
-    x_XI, w_EIO, _ = operands(2048, 128)
+    x_XI, w_EIO = jnp.ones((2048, 24)), jnp.ones((128, 24, 40))
     sizes_E = jnp.full(128, 16, jnp.int32)
     loss = lambda x, w: (grouped_matmul(x, w, sizes_E) ** 2).sum()
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x_XI, w_EIO).compile()
     own = x_XI.nbytes + w_EIO.nbytes + 2 * 2048 * 40 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * own  # about 3 MB
+
+
+def test_a_kernel_that_is_wrong_is_refused_with_both_numbers(monkeypatch):
+    grouped.check("interpret", jnp.bfloat16)
+    outer = grouped_pallas.outer
+
+    def wrong(x_XI, y_XO, sizes_E, **options):
+        return outer(x_XI, y_XO, sizes_E, **options).at[0, 5, 7].add(99)
+
+    monkeypatch.setattr(grouped_pallas, "outer", wrong)
+    message = r"mesh.experts = interpret: gradient of w at \(0, 5, 7\) is \d+.*, but it should be "
+    with pytest.raises(ValueError, match=message):
+        grouped.check("interpret", jnp.bfloat16)
+
+
+def test_tiles_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match=r"Tiles.inner is 24; it must be a power of two of at lea"):
+        grouped_pallas.Tiles(inner=24)
+    with pytest.raises(ValueError, match=r"Tiles.num_warps is 3; it must be 1, 2, 4, 8 or 16"):
+        grouped_pallas.Tiles(num_warps=3)
+    with pytest.raises(ValueError, match=r"Tiles.num_stages is 0; it must be at least 1"):
+        grouped_pallas.Tiles(num_stages=0)

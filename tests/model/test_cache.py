@@ -6,7 +6,7 @@ import numpy as np
 from tiny_models import VOCAB, tiny_model, tiny_params
 
 from jaxreason.model import cache as cache_lib
-from jaxreason.model.decoder import Execution
+from jaxreason.model.execution import Execution
 
 LENGTHS = np.array([3, 12, 7])
 NEW = 8  # tokens decoded after each prompt

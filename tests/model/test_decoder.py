@@ -19,7 +19,7 @@ from tiny_models import (
 )
 
 from jaxreason.model.cache import empty
-from jaxreason.model.decoder import Execution
+from jaxreason.model.execution import Execution
 
 ATTENTION = ("blockwise", "reference")
 
@@ -65,6 +65,9 @@ def test_positions_are_read_and_only_their_distances_matter():
         Execution(),
         Execution(scan_layers=True),
         Execution(scan_layers=True, remat="full"),
+        Execution(scan_layers=True, remat="save_attention"),
+        Execution(remat="save_projections"),
+        Execution(scan_layers=True, remat="qkv+attention", offload=("gate_up",)),
     ],
     ids=str,
 )
@@ -74,6 +77,30 @@ def test_execution_changes_nothing(execution):
     want = loss_and_gradients(tiny_model(), tiny_params(), batch)
     got = loss_and_gradients(tiny_model(execution=execution), tiny_params(), batch)
     assert_trees_close(got, want, ROUNDING)
+
+
+@functools.cache
+def kept_floats(remat: str) -> int:
+    """What the backward pass of eight layers of 256 tokens is handed, weights included."""
+    batch = packed_batch([[64]] * 4, length=64)
+    execution = dataclasses.replace(QUICK, attention="blockwise", remat=remat)
+    model = tiny_model(execution=execution, num_layers=8, mlp_dim=256)
+    backward = jax.eval_shape(lambda p: jax.vjp(lambda p: mean_loss(model, p, batch), p)[1],
+                              model.shapes)  # fmt: skip
+    return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+
+@pytest.mark.parametrize(
+    "more, less, floats_a_token",
+    [
+        ("save_attention", "full", 32 + 4),  # out of 4 heads of 8, and their log-sum-exp
+        ("save_projections", "save_attention", 64 + 32 + 2 * 256),  # qkv, projection, gate and up
+        ("attention+gate_up", "attention", 2 * 256),
+    ],
+)
+def test_a_policy_keeps_what_it_names_and_no_more(more, less, floats_a_token):
+    assert kept_floats(more) - kept_floats(less) == 8 * 256 * floats_a_token
+    assert kept_floats("full") + 8 * 256 * 2 * 256 < kept_floats("none")
 
 
 def test_remat_keeps_no_layer_activations():
@@ -137,7 +164,7 @@ def test_unknown_names_are_refused_when_the_model_is_built():
         ValueError, match=r"mesh.attention is 'flash3'; known implementations: auto"
     ):
         tiny_model(execution=Execution(attention="flash3"))
-    with pytest.raises(ValueError, match=r"mesh.remat is 'some'; it must be one of none, full"):
+    with pytest.raises(ValueError, match=r"mesh.remat has 'some'; it must be none, full, .* qkv"):
         Execution(remat="some")
     with pytest.raises(ValueError, match=r"mesh.dtype is 'float16'"):
         Execution(dtype="float16")

@@ -9,7 +9,8 @@ import pytest
 from hf_models import CASES, gradients_as_checkpoint, make, rows_of_tokens
 
 from jaxreason.checkpoint import hf
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.rollout.engine import EngineConfig
 from jaxreason.rollout.generate import build_generate
 from jaxreason.types import Batch, Sampling
@@ -17,7 +18,20 @@ from jaxreason.types import Batch, Sampling
 torch = pytest.importorskip("torch", reason="transformers parity needs torch: Python 3.11")
 pytest.importorskip("transformers")
 
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# One of each family by default, the other one with the other test; all with -m slow.
+FIRST = ("qwen3-untied-yarn", "qwen3_moe", "qwen2-untied-sliding", "llama-tied-llama3",
+         "gemma3-tied")  # fmt: skip
+
+
+def by_case(first: bool):
+    """Parametrised over all cases; those of FIRST, or else all but those, run by default."""
+    cases = [
+        pytest.param(
+            case, id=case.name, marks=() if (case.name in FIRST) == first else pytest.mark.slow
+        )
+        for case in CASES
+    ]
+    return pytest.mark.parametrize("case", cases)
 
 
 @functools.cache
@@ -58,7 +72,7 @@ def assert_leaf_close(path, got, want):
     assert error <= limit, f"{jax.tree_util.keystr(path)}: {error:.2e} of {size:.2e}"
 
 
-@by_case
+@by_case(first=True)
 def test_logits_and_gradients_are_those_of_transformers(case, tmp_path):
     """On a prompt of 700 tokens, and on rows padded left and right."""
     theirs, rows = make(case), batch()
@@ -84,7 +98,7 @@ def test_logits_and_gradients_are_those_of_transformers(case, tmp_path):
     jax.tree_util.tree_map_with_path(assert_leaf_close, gradients, want)
 
 
-@by_case
+@by_case(first=False)
 def test_greedy_text_is_that_of_transformers(case, tmp_path):
     """64 tokens through the rollout engine's cache, up to a step that is a near tie."""
     theirs = make(case)
@@ -109,7 +123,11 @@ def test_greedy_text_is_that_of_transformers(case, tmp_path):
     assert compared >= 96  # of 192
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=pytest.mark.slow if i % 2 else ()) for i, c in
+     enumerate(CASES[::2])],
+)  # fmt: skip
 def test_bf16_is_as_near_as_their_bf16(case, tmp_path):
     """Root mean square of the logits' error, against float32: at most 1.5 times transformers'.
 

@@ -21,7 +21,8 @@ from tiny_models import (
 
 from jaxreason.model import lora as lora_lib
 from jaxreason.model.config import DecoderConfig
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.model.layer import multiplier
 from jaxreason.model.lora import LoraConfig
 from jaxreason.parallel import hosts

@@ -16,7 +16,7 @@ from tiny_models import (
 )
 
 from jaxreason.model.attention import IMPLEMENTATIONS
-from jaxreason.model.decoder import Execution
+from jaxreason.model.execution import Execution
 
 FIRST, SECOND, LENGTH = 40, 50, 100  # two blocks of queries; document 2 is in both
 SPAN = slice(FIRST, FIRST + SECOND)

@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import pytest
 from tiny_models import assert_trees_close, packed_batch, tiny_model, tiny_params
 
-from jaxreason.model.decoder import Execution
+from jaxreason.model.execution import Execution
 from jaxreason.parallel import hosts
-from jaxreason.parallel.mesh import AXES, make_mesh
+from jaxreason.parallel.mesh import make_mesh
 
 ROWS = [[20, 12], [32], [5, 6, 7], [30], [3, 3], [16, 16], [9], [31]]
-BATCH = packed_batch(ROWS, length=32, vocab=50, loss_share=0.6)
-# (data, fsdp, tensor), valid entries of a table of 64: with 50 the second shard is part padding.
-CASES = [((8, 1, 1), None), ((1, 8, 1), None), ((2, 2, 2), 50)]
+BATCH = packed_batch(ROWS, length=35, vocab=50, loss_share=0.6)
+# The mesh, valid entries of a table of 64 (with 50 the second shard is part padding), how it runs.
+CASES = [
+    ({"data": 8}, None, {}),
+    ({"fsdp": 8}, None, {}),
+    ({"tensor": 2, "fsdp": 4}, 50, {}),
+    ({"context": 4, "data": 2}, None, {}),
+    ({"context": 2, "tensor": 2, "fsdp": 2}, 50, {"context": "gather", "remat": "save_attention"}),
+]
 
 
 def evaluate(model, params, batch):
@@ -28,13 +34,11 @@ def evaluate(model, params, batch):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("shape, valid_vocab", CASES, ids=str)
-def test_sharded_equals_unsharded(shape, valid_vocab):
-    mesh = make_mesh(dict(zip(AXES, shape)))
-    model, alone = (
-        tiny_model(mesh, valid_vocab, Execution(scan_layers=True)),
-        tiny_model(None, valid_vocab),
-    )
+@pytest.mark.parametrize("shape, valid_vocab, execution", CASES, ids=str)
+def test_sharded_equals_unsharded(shape, valid_vocab, execution):
+    mesh = make_mesh(shape)
+    model = tiny_model(mesh, valid_vocab, Execution(scan_layers=True, **execution))
+    alone = tiny_model(None, valid_vocab)
     want = jax.jit(functools.partial(evaluate, alone))(tiny_params(), BATCH)
     params = jax.device_put(tiny_params(), model.shardings())
     rows = hosts.to_global(mesh, BATCH)
@@ -54,7 +58,7 @@ def test_weights_and_rows_are_split_as_the_table_says():
     assert local(params["layers"]["wo"]) == (2, 2, 8, 16)
     assert local(params["layers"]["w_down"]) == (2, 24, 16)
     assert local(params["final_norm"]) == (32,)
-    assert local(hosts.to_global(mesh, BATCH).tokens_BT) == (2, 32)
+    assert local(hosts.to_global(mesh, BATCH).tokens_BT) == (2, 35)
 
 
 def test_a_weight_that_does_not_divide_is_named_when_the_model_is_built():

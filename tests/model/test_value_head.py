@@ -46,10 +46,10 @@ def test_values_are_float32_products_of_the_hidden_state():
     model = valued_model()
     params = model.with_value_head(tiny_params())
     h_BTD = hidden(model, params)
-    assert not model.values(params, h_BTD).any()
+    assert not model.values(params, h_BTD, h_BTD.shape[1]).any()
     weight_D = np.random.default_rng(0).normal(size=32).astype(np.float32)
     params["value_head"] = {"weight": weight_D, "bias": np.float32([0.25])}
-    got = model.values(params, h_BTD.astype(jnp.bfloat16))
+    got = model.values(params, h_BTD.astype(jnp.bfloat16), h_BTD.shape[1])
     want = np.asarray(h_BTD.astype(jnp.bfloat16), np.float64) @ weight_D + 0.25
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

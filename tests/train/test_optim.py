@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tiny_models import tiny_model, tiny_params
 
+from jaxreason.parallel.mesh import make_mesh
+from jaxreason.train import state as state_lib
 from jaxreason.train.optim import OptimizerConfig, make_optimizer, make_schedule
 
 PEAK = 1e-3
@@ -119,3 +121,24 @@ def test_muon_updates_are_of_adams_size():
     updates, _ = first_update("muon", zero_gradient=False, weight_decay=0.0)
     for weight in MATRICES:
         assert 0.1 < np.sqrt(np.mean(np.square(updates[weight]))) < 0.3, weight
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_on_a_mesh_every_moment_lies_as_its_weight(name):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    model = tiny_model(mesh)
+    optimizer = make_optimizer(OptimizerConfig(name=name), model.axes)
+    places = state_lib.shardings(model, optimizer)
+    shapes = jax.eval_shape(optimizer.init, model.shapes)
+    found = {
+        jax.tree_util.keystr(path[-2:]): (leaf.shape, place.spec)
+        for (path, leaf), (_, place) in zip(
+            jax.tree_util.tree_leaves_with_path(shapes),
+            jax.tree_util.tree_leaves_with_path(places.opt),
+            strict=True,
+        )
+        if leaf.ndim > 1
+    }
+    want = model.shardings()
+    assert found["['layers']['wq']"] == ((2, 32, 4, 8), want["layers"]["wq"].spec)
+    assert {shape for shape, spec in found.values() if not any(spec)} <= {(2, 32), (2, 8)}  # norms

@@ -1,0 +1,59 @@
+"""How a decoder runs: its precision, its kernels, and what the backward pass recomputes."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from jaxreason.kernels.ring import EXCHANGES
+
+# What the backward pass finds again instead of computing it twice, of each layer.
+KEEPABLE = ("qkv", "attention", "attention_projection", "gate_up")
+REMAT = {"full": (), "save_attention": ("attention",), "save_projections": KEEPABLE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a decoder runs; none of it changes what it computes, up to rounding."""
+
+    dtype: str = "float32"  # of activations and of the weights as they multiply
+    attention: str = "auto"
+    experts: str = "auto"  # the expert product: auto | loop | ragged | pallas (kernels/grouped.py)
+    remat: str = "none"  # none | full | save_attention | save_projections | names of KEEPABLE, by +
+    offload: tuple[str, ...] = ()  # of KEEPABLE: kept in the host's memory instead of the device's
+    scan_layers: bool = False  # one compiled layer in a loop; unrolled runs about 8 % faster on CPU
+    context: str = "ring"  # how keys and values meet where rows are split: ring | gather
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"mesh.dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        if self.context not in EXCHANGES:
+            raise ValueError(
+                f"mesh.context is {self.context!r}; it must be {' or '.join(EXCHANGES)}"
+            )
+        for key, names in (("remat", self.kept or ()), ("offload", self.offload)):
+            for name in names:
+                if name not in KEEPABLE:
+                    known = ", ".join(("none", *REMAT)) + ", or some of " if key == "remat" else ""
+                    raise ValueError(
+                        f"mesh.{key} has {name!r}; it must be {known}{', '.join(KEEPABLE)}"
+                    )
+        if self.offload and self.kept is None:
+            raise ValueError("mesh.offload is set and mesh.remat is none, which keeps everything")
+
+    @property
+    def kept(self) -> tuple[str, ...] | None:
+        """What a layer keeps for the backward pass; None: all there is, nothing is recomputed."""
+        return None if self.remat == "none" else REMAT.get(self.remat, tuple(self.remat.split("+")))
+
+    def rematerialised(self, layer: Callable) -> Callable:
+        """The layer, with all recomputed in the backward pass that is not kept."""
+        if self.kept is None:
+            return layer
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[name for name in self.kept if name not in self.offload],
+            names_which_can_be_offloaded=list(self.offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        return jax.checkpoint(layer, policy=policy)
