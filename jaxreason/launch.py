@@ -3,6 +3,8 @@
 FILE is a path, or the name of a file in ./configs or of a shipped config (default quickstart). The
 workdir defaults to runs/NAME. Re-running the same command resumes. Exit codes: 0 done, 2 a mistake
 in what was asked (one line says which), 143 stopped by SIGTERM with everything saved.
+
+On several hosts the same command is run on each, by srun, mpirun or a JobSet (launch/README.md).
 """
 
 import ast
@@ -16,6 +18,7 @@ import traceback
 
 from ml_collections import ConfigDict
 
+from jaxreason.parallel import hosts, launchers
 from jaxreason.parallel.allocator import keep_freed_memory
 
 _PLAIN = {
@@ -40,18 +43,43 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__ + "\nShipped configs: " + ", ".join(shipped_configs()))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the training loop saves first
-    folder = None
+    code = 1
+    try:
+        code = _run(argv)
+    except SystemExit as left:
+        code = left.code
+        raise
+    except Exception:
+        if not hosts.several():
+            raise
+        traceback.print_exc()
+    finally:
+        if code:
+            hosts.leave(code)
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    """The exit code. Raises what is no mistake of the user's."""
     try:
         config, folder = read_command(argv)
         set_up_jax(config)
         importlib.import_module("jaxreason.recipes.defaults").check_keys(config)
         recipe = importlib.import_module(f"jaxreason.recipes.{RECIPES[config.recipe]}")
         recipe.run(config, folder)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, RuntimeError) as error:
+        lost = hosts.is_loss_of_peer(error)
+        if not (lost or isinstance(error, ValueError)):
+            raise
+        who = f"process {hosts.index()}: " if hosts.several() else ""
+        print(f"error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         if os.environ.get("JAXREASON_TRACEBACK"):
             traceback.print_exc()
-        return 2
+        if not lost:
+            return 2
+        print("another process ended; the newest checkpoint is whole: run the same command again "
+              "in all", file=sys.stderr)  # fmt: skip
+        return 1
     return 0
 
 
@@ -162,6 +190,10 @@ def set_up_jax(config: ConfigDict) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     import jax
 
+    given = config.run.processes.to_dict()
+    heartbeat = given.pop("heartbeat")
+    if (processes := launchers.detect(os.environ, **given)) is not None:
+        hosts.connect(processes, heartbeat)
     if config.run.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.path.expanduser(config.run.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", folder)

@@ -6,21 +6,27 @@ import pathlib
 import re
 import shutil
 import time
+from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
 
+from jaxreason.parallel import hosts
 from jaxreason.report.summary import write_whole
 
 # What may differ when a run resumes: how it is executed and watched, the mixture and the length.
 _CHANGEABLE = re.compile(
     r"(mesh|run|log|eval)\..*|(stages\.\w+\.)?(data\.weights\..*|train\.steps)"
 )
+_SHARED_WITHIN = 30.0  # seconds in which a file of process 0 must be seen by the others
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Workdir:
-    """Paths of the contract, config.json and the done markers. Everything is written by rename."""
+    """Paths of the contract, config.json and the done markers. Everything is written by rename.
+
+    Several processes share one folder and call everything together; the first writes.
+    """
 
     def __init__(self, path: pathlib.Path):
         self.path = pathlib.Path(path)
@@ -36,8 +42,13 @@ class Workdir:
         """Create the folder or resume it. A run that never got to train or score starts anew.
 
         Raises ValueError when the path cannot be a folder, is another kind of folder, or was made
-        by a config that differs in a key that may not change (named with both values).
+        by a config that differs in a key that may not change (named with both values), and when
+        the processes of a run do not see the same folder.
         """
+        hosts.first(lambda: self._open(config))
+        self._check_shared()
+
+    def _open(self, config: ConfigDict) -> None:
         for parent in (self.path, *self.path.parents):
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"--workdir={self.path}: {parent} is a file, not a folder")
@@ -56,17 +67,33 @@ class Workdir:
 
     def describe(self, **facts) -> None:
         """Add to config.json what is known once the model stands (parameters, mesh, devices)."""
-        content = json.loads(self.config.read_text())
-        _write(self.config, {**content, **facts})
+        add = lambda: _write(self.config, {**json.loads(self.config.read_text()), **facts})
+        hosts.first(add)
 
     def marker(self, name: str) -> dict | None:
         """What the done marker of a stage says; None when the stage is not done."""
         path = self.path / "stages" / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        # Told by one process: a file system may show a new file to the others later.
+        return hosts.told(lambda: json.loads(path.read_text()) if path.exists() else None)
 
-    def mark(self, name: str, content: dict) -> None:
-        (self.path / "stages").mkdir(exist_ok=True)
-        _write(self.path / "stages" / f"{name}.json", content)
+    def mark(self, name: str, content: Callable[[], dict]) -> None:
+        """`content` is asked for in the process that writes."""
+
+        def write() -> None:
+            (self.path / "stages").mkdir(exist_ok=True)
+            _write(self.path / "stages" / f"{name}.json", content())
+
+        hosts.first(write)
+
+    def _check_shared(self) -> None:
+        text, deadline = hosts.told(self.config.read_text), time.monotonic() + _SHARED_WITHIN
+        while not (self.config.exists() and self.config.read_text() == text):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--workdir={self.path} is another folder in process {hosts.index()} than in "
+                    "process 0; give one on a file system that all hosts share"
+                )
+            time.sleep(0.5)
 
     def _started(self) -> bool:
         """Whether anything was trained or scored: from then on the config binds the workdir."""

@@ -113,7 +113,7 @@ class Engine:
     ):
         self.model, self.config, self.thinking = model, config, thinking
         self.mesh = None if model.mesh is None or model.mesh.size == 1 else model.mesh
-        self.lanes = 1 if self.mesh is None else rules.axis_size(self.mesh, "batch")
+        self.lanes = 1 if self.mesh is None else rules.axis_size(self.mesh, "lane")
         on_cpu = jax.default_backend() == "cpu"
         self.group = config.group or (16 if on_cpu else config.slots)
         # Two programs at a time on one mesh could wait for each other's exchanges for ever.
@@ -241,11 +241,11 @@ class Engine:
         """Runs `lane` for each part of the mesh on its rows; other dims stay as they lie."""
         if self.mesh is None:
             return lane(*args)
-        rows = PartitionSpec(rules.BATCH_AXES)
+        rows = PartitionSpec(rules.LANE_AXES)
         specs = tuple(PartitionSpec() if isinstance(x, DecodeWeights) else rows for x in args)
         return jax.shard_map(
             lane, mesh=self.mesh, in_specs=specs, out_specs=rows,
-            axis_names=set(rules.BATCH_AXES), check_vma=False,
+            axis_names=set(rules.LANE_AXES), check_vma=False,
         )(*args)  # fmt: skip
 
     def _any_lane(self, live_B: jax.Array) -> jax.Array:
@@ -254,17 +254,17 @@ class Engine:
         """
         if self.mesh is None or rules.axis_size(self.mesh, "heads") == 1:
             return live_B.any()
-        return jax.lax.pmax(live_B.any().astype(jnp.int32), rules.BATCH_AXES) > 0
+        return jax.lax.pmax(live_B.any().astype(jnp.int32), rules.LANE_AXES) > 0
 
     def _whole(self, emitted: Emitted) -> Emitted:
         """On every device, so that every host can read it."""
-        whole = lambda x: rules.constrain(x, self.mesh, *["length"] * x.ndim)
+        whole = lambda x: rules.constrain(x, self.mesh, *["whole"] * x.ndim)
         return jax.tree.map(whole, emitted)
 
     def _pin(self, state: State) -> State:
         """Each array where it always is: else the next call would be compiled for another place."""
-        heads = lambda x: rules.constrain(x, self.mesh, "batch", "kv_heads", "length", "head_dim")
-        rest = lambda x: rules.constrain(x, self.mesh, "batch", *["length"] * (x.ndim - 1))
+        heads = lambda x: rules.constrain(x, self.mesh, "lane", "kv_heads", "whole", "head_dim")
+        rest = lambda x: rules.constrain(x, self.mesh, "lane", *["whole"] * (x.ndim - 1))
         return jax.tree.map(lambda x: heads(x) if x.ndim == 4 else rest(x), state)
 
     def _next(self, logits_BV: jax.Array, rows: Rows, features: Features):

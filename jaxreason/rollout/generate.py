@@ -1,11 +1,14 @@
 """`generate`: prompts in, completions out, through the slots of the rollout engine."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 import jax
 
 from jaxreason.model.decoder import DecodeWeights, LanguageModel
+from jaxreason.parallel import hosts
+from jaxreason.rollout import parts
 from jaxreason.rollout.engine import Engine, EngineConfig
 from jaxreason.rollout.flight import Flight, Lane, Prompt, Request, take_off
 from jaxreason.rollout.sync import place
@@ -15,6 +18,8 @@ from jaxreason.types import Completion, Params, Sampling
 Generate = Callable[..., list[list[Completion]]]
 OnTokens = Callable[[int, int, list[int]], None]  # prompt index, sample index, new ids
 OnProgress = Callable[[int, int, int], None]  # requests done, requests in all, tokens so far
+
+_generators = itertools.count()  # each has a channel of its own between processes
 
 
 def build_generate(
@@ -29,7 +34,11 @@ def build_generate(
     """`generate(params, prompts, sampling, key)` -> completions[prompt][sample].
 
     `sampling` is one for all prompts or one a prompt. The callbacks `on_tokens` and `on_progress`
-    are called between device calls, and may raise to stop.
+    are called between device calls, and may raise Interrupted to stop.
+
+    Several processes call it together. Each draws a part of the prompts on its own devices, those
+    of `model`, its callbacks hear of that part, and all return everything; what is drawn does not
+    depend on how many there are. One that is stopped stops all.
 
     Args:
       encode: prompt text -> ids.
@@ -38,7 +47,7 @@ def build_generate(
       thinking: how a reasoning ends, for requests with a thinking budget.
       stop_ids: end a completion as eos_id does, as a published model's other end tokens.
     """
-    engine = Engine(model, config, thinking)
+    engine, channel = Engine(model, config, thinking), f"rollout{next(_generators)}"
 
     def generate(
         params: Params,
@@ -54,10 +63,22 @@ def build_generate(
             raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: one for each")
         if thinking is None and any(s.thinking for s in samplings):
             raise ValueError("sampling.thinking is set, but the generator knows no thinking ids")
+        mine = hosts.share(len(prompts))
+        before = sum(s.num_samples for s in samplings[: mine.start])
+        return parts.whole(
+            channel,
+            lambda: draw(
+                params, prompts[mine], samplings[mine], key, before, on_tokens, on_progress
+            ),
+        )
+
+    def draw(
+        params, prompts, samplings, key, before: int, on_tokens, on_progress
+    ) -> list[list[Completion]]:
         if not prompts:
             return []
         prompt_ids = [list(encode(prompt)) for prompt in prompts]
-        requests = _requests(prompt_ids, samplings, engine)
+        requests = _requests(prompt_ids, samplings, engine, before)
         found: dict[tuple[int, int], Completion] = {}
         weights = engine.weights(place(params, model))
         ends_of = lambda s: s.stop_ids if s.ignore_eos else (*s.stop_ids, eos_id, *stop_ids)
@@ -130,12 +151,12 @@ def finish_stop_text(request: Request, decode: Callable[[list[int]], str]) -> No
 
 
 def _requests(
-    prompts: Sequence[list[int]], samplings: Sequence[Sampling], engine: Engine
+    prompts: Sequence[list[int]], samplings: Sequence[Sampling], engine: Engine, before: int
 ) -> list[Request]:
     """All requests, those with the highest limit first, those of a prompt together.
 
     Samples share their prompt. Where there are fewer prompts than lanes, each lane has its own, and
-    each stream too whose group the samples fill.
+    each stream too whose group the samples fill. `before` requests are those of other processes.
     """
     requests = []
     most = copies = max(s.num_samples for s in samplings)
@@ -149,7 +170,7 @@ def _requests(
         for r in range(sampling.num_samples):
             prompt = shared[r * copies // sampling.num_samples]
             prompt.waiting += 1
-            requests.append(Request((p, r), len(requests), prompt, sampling))
+            requests.append(Request((p, r), before + len(requests), prompt, sampling))
     return sorted(requests, key=lambda request: -request.sampling.max_tokens)
 
 
