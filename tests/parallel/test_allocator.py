@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import launch_env
 
 # 36 MB of temporaries a call, which glibc would map and unmap: 9,000 pages of 4 KiB.
 PROGRAM = """
@@ -23,7 +24,8 @@ for _ in range(10):
 
 def fewest_faults(mode: str) -> int:
     """Of one step among the last five: the heap needs a few steps to find its size."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM, mode]
+    done = subprocess.run(command, env=launch_env(), capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip("the C library has no mallopt")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,467 @@
+"""Which mesh, microbatches and remat for a model on a machine, before the machine is there.
+
+  enumerate   every mesh that the rules allow, every cut into microbatches, every remat policy
+  reject      by arithmetic (parallel/cost.py): memory, then predicted tokens a second
+  compile     the real train step of the best, each in its own process (recipes/tune_step.py)
+  rank        by predicted speed, among those whose compiled memory fits
+
+recipes/tune_files.py writes what was found as a config, tools/tune_mesh.py is the command.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from jaxreason.model.config import PRESETS, DecoderConfig
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import KEEPABLE, REMAT
+from jaxreason.parallel import chips, cost, hosts, rules
+from jaxreason.parallel.mesh import AXES, resolve_shape
+from jaxreason.parallel.workload import KEPT, Layout, Rollout, Weight, Workload
+from jaxreason.recipes import checkpoints
+from jaxreason.recipes.tune_step import Step, execution
+from jaxreason.report.summary import write_whole
+
+RECIPES = ("pretrain", "sft", "rl")
+# Of a chip's memory; the rest is the runtime's, NCCL's and fragmentation.
+USABLE = 0.92
+_POLICIES = ("none", *REMAT, "qkv+attention", "attention+gate_up")
+_A_MESH = 3  # candidates of one mesh among those that are compiled
+_SLACK = 1.15  # the arithmetic's tolerance: what it says does not fit by less may be compiled
+_ROUNDS = 3  # of compiling, until something fits
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked. Raises ValueError naming the flag, the value and what would work."""
+
+    chip: str
+    hosts: int
+    model: str  # a preset or a Hugging Face directory
+    sequence: int
+    tokens_per_step: int
+    tokens: float | None = None  # of the whole run
+    recipe: str = "pretrain"
+    devices_per_host: int | None = None  # None: as the chip is sold
+    fixed: tuple[tuple[str, int], ...] = ()  # mesh axes that are given
+
+    def __post_init__(self):
+        chips.chip(self.chip)
+        for name in ("hosts", "sequence", "tokens_per_step", "tokens", "devices_per_host"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is {value:g}; it must be at least 1")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"--recipe is {self.recipe!r}; it must be {', '.join(RECIPES)}")
+        if self.tokens_per_step % self.sequence:
+            below = self.tokens_per_step // self.sequence * self.sequence
+            near = " or ".join(str(n) for n in (below, below + self.sequence) if n)
+            raise ValueError(
+                f"--tokens-per-step is {self.tokens_per_step}, not a multiple of --sequence = "
+                f"{self.sequence}; {near} would be"
+            )
+        if chips.chip(self.chip).platform == "tpu":
+            chips.slice_topology(self.chip, self.hosts)
+        resolve_shape({**dict.fromkeys(AXES, 1), "data": -1, **dict(self.fixed)}, self.num_devices)
+
+    @property
+    def num_devices(self) -> int:
+        return self.hosts * (self.devices_per_host or chips.chip(self.chip).links.per_host)
+
+    @property
+    def rows(self) -> int:
+        return self.tokens_per_step // self.sequence
+
+    @functools.cached_property
+    def architecture(self) -> DecoderConfig:
+        if self.model in PRESETS:
+            return PRESETS[self.model]
+        if not pathlib.Path(self.model).is_dir():
+            raise ValueError(
+                f"--model is {self.model!r}, neither a preset nor a folder; presets: "
+                f"{', '.join(PRESETS)}"
+            )
+        return checkpoints.parse(self.model).architecture()
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a device."""
+        return USABLE * chips.chip(self.chip).memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One layout, what arithmetic says of it, and what the compiler did (or `error`)."""
+
+    layout: Layout
+    remat: str
+    estimate: cost.Estimate
+    figures: dict | None = None  # of tune_step.compiled, or {"error": ...}
+
+    @property
+    def bytes(self) -> float:
+        """Of a device: the compiler's where it was asked."""
+        if not self.compiled:
+            return self.estimate.total_bytes
+        extra = self.estimate.memory.get("rollout", 0.0)
+        return self.figures["argument_bytes"] + self.figures["temp_bytes"] + extra
+
+    @property
+    def compiled(self) -> bool:
+        return self.figures is not None and "error" not in self.figures
+
+    @property
+    def exchanged_bytes(self) -> float:
+        """By the collectives of a compiled step, of a device."""
+        return sum(self.figures["collective_bytes"].values())
+
+    @property
+    def disagreement(self) -> float:
+        """Of the arithmetic's bytes from the compiler's, as a share of these."""
+        return self.estimate.total_bytes / self.bytes - 1
+
+    @property
+    def label(self) -> str:
+        shape = " ".join(f"{axis}={size}" for axis, size in self.layout.shape.items() if size > 1)
+        return f"{shape or 'one device'}, {self.layout.microbatches} microbatches, {self.remat}"
+
+
+def workload(request: Request) -> Workload:
+    """The numbers of the model and the batch that are asked for."""
+    dtype_bytes = jnp.dtype(execution(request.chip, "none").dtype).itemsize
+    work = workload_of(request.architecture, request.rows, request.sequence, dtype_bytes)
+    if request.recipe != "rl":
+        return work
+    quarter = request.sequence // 4  # of a row is its prompt; all rows are sampled at once
+    rollout = Rollout(request.rows, quarter, request.sequence - quarter)
+    return dataclasses.replace(work, rollout=rollout)
+
+
+def workload_of(c: DecoderConfig, rows: int, length: int, dtype_bytes: int = 2) -> Workload:
+    model = LanguageModel(c)
+    name = lambda path: "/".join(str(key.key) for key in path)
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, s, axes: Weight(name(path), s.shape, axes), model.shapes, model.axes
+    )
+    windows = [c.window if sliding else None for sliding in c.sliding]
+    return Workload(
+        weights=tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight))),
+        keys_per_query=sum(cost.causal_keys(length, window) for window in windows),
+        rows=rows,
+        length=length,
+        dtype_bytes=dtype_bytes,
+        tied=c.tie_embeddings,
+        **{name: getattr(c, name) for name in _SHARED},
+    )
+
+
+_SHARED = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim",
+           "vocab_size", "num_experts", "experts_per_token")  # fmt: skip
+
+
+# --- enumerate ------------------------------------------------------------------------------------
+
+
+def candidates(request: Request) -> list[Candidate]:
+    """All that is legal, fastest first by arithmetic, whether it fits or not.
+
+    Raises ValueError where no mesh is legal, with the first reason.
+    """
+    work, chip = workload(request), chips.chip(request.chip)
+    found = []
+    for shape in legal_shapes(request, work):
+        for microbatches in _cuts(request, shape):
+            for remat in _POLICIES:
+                kept = execution(request.chip, remat).kept
+                kept = None if kept is None else frozenset(kept)
+                layout = Layout(shape, microbatches, kept)
+                found.append(Candidate(layout, remat, cost.estimate(work, layout, chip)))
+    return sorted(found, key=lambda c: (c.estimate.step_seconds, c.estimate.total_bytes))
+
+
+def legal_shapes(request: Request, work: Workload) -> list[dict[str, int]]:
+    """Meshes of all devices that every weight and the batch divide over."""
+    legal, refused = [], []
+    for shape in _shapes(request, work):
+        mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+        try:
+            for weight in work.weights:
+                rules.sharding(mesh, weight.name, weight.shape, weight.axes)
+            hosts.check_rows(mesh, request.rows, 1, 1)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            legal.append(shape)
+    if not legal:
+        raise ValueError(_what_would_work(request, refused))
+    return legal
+
+
+def _shapes(request: Request, work: Workload) -> Iterator[dict[str, int]]:
+    """Ways to split the devices over the axes. Tensor stays on fast links: beyond them it loses."""
+    fixed, island = dict(request.fixed), chips.chip(request.chip).links.island
+    for sizes in _factors(request.num_devices, len(AXES)):
+        shape = dict(zip(AXES, sizes))
+        useless = shape["expert"] > 1 and not work.num_experts
+        if shape["tensor"] > min(island, 64) or (useless and "expert" not in fixed):
+            continue
+        if all(shape[axis] == size for axis, size in fixed.items()):
+            yield shape
+
+
+def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    if parts == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            for rest in _factors(number // first, parts - 1):
+                yield (first, *rest)
+
+
+def _cuts(request: Request, shape: dict[str, int]) -> list[int]:
+    """Numbers of microbatches that leave every device a row of each."""
+    rows = request.rows // math.prod(shape[axis] for axis in rules.mesh_axes("batch"))
+    return [n for n in range(1, rows + 1) if rows % n == 0]
+
+
+def _what_would_work(request: Request, refused: list[str]) -> str:
+    if not refused:
+        wanted = ", ".join(f"{axis}={size}" for axis, size in request.fixed)
+        return f"--mesh={wanted}: no mesh of {request.num_devices} devices of {request.chip} has it"
+    if not request.fixed:
+        return refused[0]
+    free = dataclasses.replace(request, fixed=())
+    legal = legal_shapes(free, workload(free))
+    works = {axis: sorted({shape[axis] for shape in legal}) for axis, _ in request.fixed}
+    hint = "; ".join(f"{axis} may be {', '.join(map(str, sizes))}" for axis, sizes in works.items())
+    return f"{refused[0]}; {hint}"
+
+
+# --- reject ---------------------------------------------------------------------------------------
+
+
+def best(request: Request, found: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Those worth compiling, fastest first: of one mesh a few, that may fit by arithmetic.
+
+    Raises ValueError, with what would work, where nothing may.
+    """
+    fitting = [c for c in found if c.estimate.total_bytes <= _SLACK * request.usable]
+    if not fitting:
+        raise ValueError(_does_not_fit(request))
+    taken: dict[tuple, int] = {}
+    for candidate in fitting:
+        key = tuple(candidate.layout.shape.items())
+        taken[key] = taken.get(key, 0) + 1
+        if taken[key] <= _A_MESH:
+            yield candidate
+
+
+def _does_not_fit(request: Request) -> str:
+    least, layout = _leanest(request)
+    shape = " ".join(f"{axis}={size}" for axis, size in layout.shape.items() if size > 1)
+    what = (
+        f"--model={request.model} at --sequence={request.sequence} does not fit "
+        f"{request.num_devices} x {request.chip}: the leanest layout ({shape or 'one device'}, "
+        f"{layout.microbatches} microbatches, full) needs {least / 2**30:.1f} GiB a device of "
+        f"{request.usable / 2**30:.1f}"
+    )
+    for doublings in range(1, 11):
+        try:
+            larger = dataclasses.replace(request, hosts=request.hosts * 2**doublings)
+            if _leanest(larger)[0] <= request.usable:
+                return f"{what}; --hosts={larger.hosts} would do"
+        except ValueError:  # no slice of that size, or fewer rows than devices
+            break
+    return f"{what}; a shorter --sequence, a smaller --model or a chip with more memory would do"
+
+
+def _leanest(request: Request) -> tuple[float, Layout]:
+    """The fewest bytes a device, by arithmetic."""
+    work = workload(request)
+    layouts = [
+        Layout(shape, _cuts(request, shape)[-1], frozenset())
+        for shape in legal_shapes(request, work)
+    ]
+    chip = chips.chip(request.chip)
+    total = lambda layout: sum(cost.memory_bytes(work, layout, chip).values())
+    least = min(layouts, key=total)
+    return total(least), least
+
+
+# --- compile --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """Where steps are compiled: so many processes, each with a time limit; figures are kept."""
+
+    cache: pathlib.Path
+    processes: int = 2
+    limit_seconds: float = 300.0
+
+    def run(
+        self,
+        request: Request,
+        chosen: Iterable[Candidate],
+        on_done: Callable[[Candidate, bool], None] = lambda candidate, kept: None,
+    ) -> list[Candidate]:
+        """The candidates with their figures, in their order. `on_done` hears whether one was kept
+        from an earlier run."""
+        chosen = list(chosen)
+        with concurrent.futures.ThreadPoolExecutor(self.processes) as pool:
+            futures = [pool.submit(self._figures, step_of(request, c)) for c in chosen]
+            done = {}
+            for future in concurrent.futures.as_completed(futures):
+                index = futures.index(future)
+                figures, kept = future.result()
+                done[index] = dataclasses.replace(chosen[index], figures=figures)
+                on_done(done[index], kept)
+        return [done[index] for index in range(len(chosen))]
+
+    def _figures(self, step: Step) -> tuple[dict, bool]:
+        path = self.cache / f"{_key(step)}.json"
+        if path.exists():
+            return json.loads(path.read_text())["figures"], True
+        figures = run_step(step, "compile", self.limit_seconds)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        record = {"step": dataclasses.asdict(step), "figures": figures}
+        write_whole(path, json.dumps(record, indent=1) + "\n")
+        return figures, False
+
+
+def step_of(request: Request, candidate: Candidate) -> Step:
+    per_host = request.num_devices // request.hosts
+    return Step(
+        chip=request.chip,
+        hosts=request.hosts,
+        devices_per_host=per_host,
+        model=dataclasses.asdict(request.architecture),
+        recipe="rl" if request.recipe == "rl" else "fit",
+        rows=request.rows,
+        length=request.sequence,
+        shape=dict(candidate.layout.shape),
+        microbatches=candidate.layout.microbatches,
+        remat=candidate.remat,
+    )
+
+
+def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
+    """tune_step in a process of its own. What it could not do is {"error": the last line it said}.
+
+    Args:
+      mode: compile, for devices that are not here, or measure.
+    """
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(_PACKAGE.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    if mode == "compile":
+        environment["JAX_PLATFORMS"] = "cpu"
+    if step.chip == "cpu":
+        environment["JAX_NUM_CPU_DEVICES"] = str(step.hosts * step.devices_per_host)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxreason.recipes.tune_step", mode],
+            input=json.dumps(dataclasses.asdict(step)), env=environment, text=True,
+            capture_output=True, timeout=limit_seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done in {limit_seconds:.0f} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    warned = done.stderr.lower().count("involuntary full rematerialization")
+    return {**json.loads(done.stdout.splitlines()[-1]), "involuntary_rematerializations": warned}
+
+
+def _key(step: Step) -> str:
+    """Of the step, and of the code and compiler that it is made by."""
+    options = chips.xla_options(chips.chip(step.chip), math.prod(step.shape.values()))
+    parts = [dataclasses.asdict(step), options, jax.__version__, _code()]
+    content = json.dumps(parts, sort_keys=True)
+    return f"{step.chip}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of all that a compiled step is made of."""
+    digest = hashlib.sha256()
+    parts = ("kernels/*.py", "model/*.py", "objectives/*.py", "train/st*.py", "train/optim.py",
+             "parallel/mesh.py", "parallel/rules.py")  # fmt: skip
+    for part in parts:
+        for path in sorted(_PACKAGE.glob(part)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- rank -----------------------------------------------------------------------------------------
+
+
+def ranked(request: Request, tried: Sequence[Candidate]) -> list[Candidate]:
+    """Those that fit before those that do not, each by predicted speed."""
+    order = lambda c: (not fits(request, c), c.estimate.step_seconds, c.bytes)
+    return sorted(tried, key=order)
+
+
+def fits(request: Request, candidate: Candidate) -> bool:
+    failed = candidate.figures is not None and not candidate.compiled
+    return not failed and candidate.bytes <= request.usable
+
+
+def hours(request: Request, candidate: Candidate) -> float | None:
+    """Of the whole run; None where no number of tokens was asked for."""
+    if request.tokens is None:
+        return None
+    return request.tokens / candidate.estimate.tokens_per_second / 3600
+
+
+def search(
+    request: Request,
+    compiler: Compiler,
+    count: int,
+    on_done: Callable[[Candidate, bool], None] = lambda candidate, kept: None,
+) -> tuple[list[Candidate], int]:
+    """(candidates ranked, how many were considered). `count` 0: by arithmetic alone.
+
+    Where none of the first `count` that are compiled fits, the next are. Raises ValueError where
+    nothing fits.
+    """
+    found = candidates(request)
+    promising = best(request, found)
+    if not count:
+        return ranked(request, list(itertools.islice(promising, 20))), len(found)
+    tried: list[Candidate] = []
+    for _ in range(_ROUNDS):
+        tried += compiler.run(request, itertools.islice(promising, count), on_done)
+        if any(fits(request, c) for c in tried):
+            return ranked(request, tried), len(found)
+    errors = {c.figures["error"] for c in tried if not c.compiled}
+    least = min((c.bytes for c in tried if c.compiled), default=float("nan"))
+    raise ValueError(
+        f"none of the {len(tried)} layouts that were compiled fits: the least takes "
+        f"{least / 2**30:.1f} GiB a device of {request.usable / 2**30:.1f}"
+        + (f"; {len(errors)} kinds of failures, one: {min(errors)}" if errors else "")
+    )
+
+
+def measure(request: Request, candidate: Candidate, limit_seconds: float) -> dict:
+    """{"step_seconds"} of the candidate on the devices of this machine, or {"error"}."""
+    return run_step(step_of(request, candidate), "measure", limit_seconds)
+
+
+assert set(KEEPABLE) == set(KEPT)  # workload.py knows what each name is to compute again

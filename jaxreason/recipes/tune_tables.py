@@ -1,0 +1,134 @@
+"""docs/scaling.md's tables: the tuner's answer for models and machines, made again by one command.
+
+Compiled figures are kept by the Compiler, so a run that was stopped goes on where it was.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+from jaxreason.parallel import chips
+from jaxreason.recipes import tune
+from jaxreason.recipes.tune import Candidate, Compiler, Request
+from jaxreason.report.summary import write_whole
+
+MODELS = ("qwen3-1.5b", "qwen3-1.7b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b")
+# (name, chip, hosts, tokens a step): batches as large as such runs use, and a row for each device.
+MACHINES = (
+    ("8 B200 (one DGX)", "b200", 1, 2**21),
+    ("64 B200", "b200", 8, 2**22),
+    ("512 B200", "b200", 64, 2**23),
+    ("8 H200", "h200", 1, 2**21),
+    ("v5p-128 (64 chips)", "v5p", 16, 2**22),
+)
+SEQUENCE, TOKENS = 4096, (80e9, 100e9)
+_BEGIN, _END = "<!-- made by tools/tune_mesh.py --tables -->", "<!-- end of what is made -->"
+_HEAD = ("mesh", "microbatches", "remat", "GiB", "by arithmetic", "tokens/s", "MFU", "binds",
+         *(f"hours for {tokens / 1e9:g}B" for tokens in TOKENS))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The best layouts of one model on one machine; or why there is none."""
+
+    request: Request
+    found: tuple[Candidate, ...]
+    refused: str = ""
+
+
+def make(
+    path: pathlib.Path,
+    compiler: Compiler,
+    count: int,
+    say: Callable[[str], None],
+    models: Sequence[str] = MODELS,
+    machines: Sequence[tuple[str, str, int, int]] = MACHINES,
+) -> None:
+    """Fills the file's part between its two marks. Raises ValueError where it has none.
+
+    Args:
+      count: layouts to compile for each of them.
+    """
+    text = path.read_text() if path.is_file() else ""
+    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+        raise ValueError(f"{path} has no part to fill, between {_BEGIN} and {_END}")
+    answers = {}
+    for number, (name, chip, hosts, step) in enumerate(machines):
+        for model in models:
+            say(f"{number + 1} of {len(machines)} machines: {model} on {name}")
+            request = Request(chip, hosts, model, SEQUENCE, step, max(TOKENS))
+            answers[name, model] = _answer(request, compiler, count)
+    before, after = text.split(_BEGIN)[0], text.split(_END)[1]
+    sections = [_section(machine[0], models, answers) for machine in machines]
+    made = "\n\n".join([_BEGIN, *sections, _agreement(answers.values()), _END])
+    write_whole(path, before + made + after)
+
+
+def _answer(request: Request, compiler: Compiler, count: int) -> Answer:
+    try:
+        found, _ = tune.search(request, compiler, count)
+    except ValueError as error:
+        return Answer(request, (), str(error))
+    return Answer(request, tuple(found))
+
+
+def _section(machine: str, models: Sequence[str], answers: dict) -> str:
+    lines = [f"### {machine}", ""]
+    first = answers[machine, models[0]].request
+    lines += [f"{first.tokens_per_step:,} tokens a step in rows of {first.sequence:,}.", ""]
+    lines += [_line(("model", *_HEAD)), _line(["---"] * (1 + len(_HEAD)))]
+    for model in models:
+        answer = answers[machine, model]
+        rows = [c for c in answer.found if tune.fits(answer.request, c)][:2]
+        lines += [_line((model, *_cells(answer.request, c))) for c in rows]
+        if not rows:
+            lines.append(_line((model, answer.refused, *[""] * (len(_HEAD) - 1))))
+    return "\n".join([*lines, "", f"`{_command(first)}`"])
+
+
+def _cells(request: Request, candidate: Candidate) -> list[str]:
+    estimate = candidate.estimate
+    hours = [tokens / estimate.tokens_per_second / 3600 for tokens in TOKENS]
+    shape = candidate.layout.shape.items()
+    return [
+        " ".join(f"{axis}={size}" for axis, size in shape if size > 1),
+        str(candidate.layout.microbatches),
+        candidate.remat,
+        f"{candidate.bytes / 2**30:.1f}" if candidate.compiled else "",
+        f"{estimate.total_bytes / 2**30:.1f}",
+        f"{estimate.tokens_per_second:,.0f}",
+        f"{estimate.mfu:.1%}",
+        estimate.binds,
+        *(f"{h:,.1f}" for h in hours),
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _command(request: Request) -> str:
+    return (
+        f"python tools/tune_mesh.py --chip={request.chip} --hosts={request.hosts} --model=MODEL "
+        f"--sequence={request.sequence} --tokens-per-step={request.tokens_per_step} "
+        f"--tokens={request.tokens:g}"
+    )
+
+
+def _agreement(answers) -> str:
+    """How far the arithmetic of memory is from the compiler's, each miss listed."""
+    misses = [
+        (answer.request, candidate)
+        for answer in answers
+        for candidate in answer.found
+        if candidate.compiled and abs(candidate.disagreement) > 0.15
+    ]
+    total = sum(c.compiled for answer in answers for c in answer.found)
+    text = f"Memory by arithmetic is within 15 % of the compiler's for {total - len(misses)} of "
+    lines = [text + f"{total} compiled layouts."]
+    lines += [
+        f"- {request.model} on {request.num_devices} {chips.chip(request.chip).name}, "
+        f"{candidate.label}: {candidate.disagreement:+.0%}"
+        for request, candidate in misses
+    ]
+    return "\n".join(["### Arithmetic against the compiler", "", *lines])
