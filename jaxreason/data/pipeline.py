@@ -287,7 +287,7 @@ class _Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What the shards here have given so far, resumed runs included."""
+    """What shards have given so far, resumed runs included."""
 
     examples: int  # a document cut in pieces by packing "concat" counts once a piece
     tokens: int  # padding excluded
@@ -301,8 +301,8 @@ class Stats:
 class Pipeline(Iterator[Batch]):
     """The batches of some logical shards, one block of rows each. Made by `build`."""
 
-    def __init__(self, shards: dict[int, _Shard], empty: Batch, quarantined: int):
-        self._shards = shards
+    def __init__(self, shards: dict[int, _Shard], empty: Batch, quarantined: int, num_shards: int):
+        self._shards, self.owned, self.num_shards = shards, tuple(shards), num_shards
         self._empty = empty  # the rows of a shard that has come to its end before others
         self._quarantined = quarantined
         self._state = self._capture()  # after the batch returned last
@@ -334,7 +334,7 @@ class Pipeline(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the batch that was the last when `state` was taken.
 
-        `state["shards"]` may hold other hosts' shards too.
+        `state["shards"]` may hold other processes' shards too.
 
         Raises:
           ValueError: a shard of this pipeline is not in it.
@@ -350,10 +350,10 @@ class Pipeline(Iterator[Batch]):
             "shards": {str(i): copy.deepcopy(state["shards"][str(i)]) for i in self._shards}
         }
 
-    @property
-    def stats(self) -> Stats:
-        """Counts up to the batch returned last."""
-        counts = np.sum([shard["counts"] for shard in self._state["shards"].values()], axis=0)
+    def stats(self, state: dict[str, Any] | None = None) -> Stats:
+        """Counts up to the batch returned last, or of all shards of a state."""
+        shards = (state or self._state)["shards"].values()
+        counts = np.sum([shard["counts"] for shard in shards], axis=0)
         examples, tokens, places = (int(count) for count in counts)
         return Stats(examples, tokens, self._quarantined, tokens / max(places, 1))
 
@@ -465,7 +465,7 @@ def build(
         stream = _mixture(config, shard, encoders, num_epochs)
         made[shard] = _Shard(PACKINGS[config.packing](stream, rows, config.length, pad_id, **extra))
     quarantined = sum(getattr(e.source, "num_quarantined", 0) for e in encoders.values())
-    return Pipeline(made, lay_out([], rows, config.length, pad_id), quarantined)
+    return Pipeline(made, lay_out([], rows, config.length, pad_id), quarantined, config.num_shards)
 
 
 # -------------------------------------------------------------------------------- evaluation

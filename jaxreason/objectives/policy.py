@@ -156,7 +156,9 @@ class PolicyGradient:
         logp_BT, entropy_BT, _ = model.logprobs(
             params, h_BTD, batch.targets_BT, temperature=self.temperature
         )
-        values_BT = model.values(params, h_BTD) if "value_head" in params else None
+        values_BT = None
+        if "value_head" in params:
+            values_BT = model.values(params, h_BTD, batch.tokens_BT.shape[1])
         return logp_BT, entropy_BT, values_BT, balance
 
     # -- the switches ------------------------------------------------------------------------------

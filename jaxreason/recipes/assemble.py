@@ -17,7 +17,9 @@ from jaxreason.checkpoint import hf, hub
 from jaxreason.data import sources
 from jaxreason.data.pipeline import DataConfig
 from jaxreason.model.config import DecoderConfig, preset
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
+from jaxreason.parallel import chips, hosts
 from jaxreason.parallel.mesh import make_mesh
 from jaxreason.recipes import checkpoints
 from jaxreason.recipes.checkpoints import Checkpoint
@@ -30,6 +32,7 @@ from jaxreason.text.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from jaxreason.types import Params
 
 
 def stage_key(seed: int, name: str) -> jax.Array:
@@ -73,13 +76,46 @@ def execution(mesh: ConfigDict) -> Execution:
         raise ValueError(
             f"mesh.scan_layers is {mesh.scan_layers!r}; it must be auto, true or false"
         )
-    return Execution(dtype=dtype, attention=mesh.attention, remat=mesh.remat, scan_layers=scan)
+    return Execution(
+        dtype=dtype,
+        attention=mesh.attention,
+        experts=mesh.experts,
+        remat=mesh.remat,
+        offload=tuple(mesh.offload),
+        scan_layers=scan,
+        context=mesh.context,
+    )
+
+
+def xla_options(mesh: ConfigDict) -> dict[str, object]:
+    """The train step's compiler options: those of the chip, then the config's own, which win."""
+    defaults = chips.xla_options(chips.detect(jax.devices()[0]), jax.device_count())
+    return {**defaults, **mesh.xla_options.to_dict()}
 
 
 def device_mesh(mesh: ConfigDict) -> Mesh | None:
     """The mesh of all devices; None where there is one device only, and nothing to lay out."""
     built = make_mesh(mesh.shape.to_dict())
     return built if built.size > 1 else None
+
+
+def sampling_model(model: LanguageModel, mesh: Mesh | None = None) -> LanguageModel:
+    """The model as it samples: on `mesh`, or else on its own.
+
+    Of several processes each samples on its own devices: then `mesh` is of those, and without one
+    they lie as they do within the model's mesh.
+    """
+    if hosts.several() and mesh is None:
+        mesh = make_mesh(hosts.own_part(model.mesh.shape), jax.local_devices())
+    if mesh is None:
+        return model
+    return LanguageModel(model.config, model.execution, mesh, model.valid_vocab)
+
+
+def random_params(model: LanguageModel, key: jax.Array) -> Params:
+    """Born where the model wants them."""
+    places = None if model.mesh is None else model.shardings()
+    return jax.jit(model.init, out_shardings=places)(key)
 
 
 def language_model(
@@ -100,6 +136,11 @@ def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokeni
     Raises ValueError for an unknown kind, a path that holds none, and a template that it cannot
     write.
     """
+    made = hosts.first(lambda: _kept_tokenizer(config, workdir, start))
+    return made or load_tokenizer(workdir.tokenizer)
+
+
+def _kept_tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokenizer:
     spec = config.tokenizer
     if (workdir.tokenizer / "tokenizer_config.json").exists():
         return load_tokenizer(workdir.tokenizer)

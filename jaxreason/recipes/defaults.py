@@ -49,10 +49,17 @@ def default_config(name: str, recipe: str) -> ConfigDict:
             },
             "model": model_config(),
             "mesh": {
-                "shape": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
+                # How many ways; -1: the devices that are left. docs/scaling.md, tools/tune_mesh.py.
+                "shape": {"data": -1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1},
                 "microbatches": 1,
-                "remat": "none",  # none | full
+                # What the backward pass recomputes of a layer: none | full | all but attention
+                # (save_attention) or but the products too (save_projections) | names to keep, as
+                # in qkv+attention+attention_projection+gate_up
+                "remat": "none",
+                "offload": (),  # of those names, what is kept in the host's memory
+                "context": "ring",  # ring | gather: how keys and values meet over shape.context
                 "attention": "auto",  # auto | blockwise | reference
+                "experts": "auto",  # auto | loop | ragged | pallas: see kernels/grouped.py
                 "dtype": "auto",  # auto: float32 on CPU, bfloat16 on accelerators
                 # true | false | auto: unrolled on CPU, scanned on accelerators
                 "scan_layers": "auto",
@@ -67,6 +74,13 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                 "profile": {"steps": ()},  # (first, last) step of each stage
                 "export": True,  # write hf/STAGE after each stage
                 "export_dtype": "float32",
+                # Several processes; unset: what the launcher says (parallel/launchers.py).
+                "processes": {
+                    "coordinator": config_dict.placeholder(str),  # HOST:PORT of process 0
+                    "number": config_dict.placeholder(int),  # 1: this one alone, whatever it says
+                    "index": config_dict.placeholder(int),  # of this process, from 0
+                    "heartbeat": 30,  # seconds of silence after which one counts as dead
+                },
             },
             "log": {"every": 20},
             "eval": {"every": 0, "rows": 256, "sets": {}},

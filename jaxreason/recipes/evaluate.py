@@ -5,7 +5,7 @@ import time
 
 from ml_collections import ConfigDict
 
-from jaxreason.recipes import assemble, checkpoints, evaluation
+from jaxreason.recipes import assemble, checkpoints, evaluation, weights
 from jaxreason.recipes.pipeline import describe, evaluate_once, finish, prepare_data
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.train.metrics import Progress
@@ -29,8 +29,9 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     describe(config, workdir, model, tokenizer, shape.max_length)
 
     def load():
-        params = start.load(model, workdir.checkpoints)
-        return model.init(assemble.stage_key(config.seed, "init")) if params is None else params
+        params = weights.load(start, model, workdir.checkpoints)
+        key = assemble.stage_key(config.seed, "init")
+        return assemble.random_params(model, key) if params is None else params
 
     metrics = evaluate_once(config, workdir, evaluate, start.name, load, 0, progress)
     finish(workdir, {}, {start.name: metrics}, time.monotonic() - began, progress)

@@ -14,6 +14,7 @@ from jaxreason.data.prompts import PromptSource, open_prompts
 from jaxreason.evals import perplexity, suite
 from jaxreason.evals.accuracy import Grader, Problem
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.parallel import hosts
 from jaxreason.recipes import assemble
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_lines, write_whole
@@ -61,6 +62,8 @@ class Evaluation:
         }
 
     def _keep_samples(self, stage: str, samples: list[dict]) -> None:
+        if not hosts.is_first():
+            return
         ours = lambda line: line["stage"] == stage and "set" in line  # not a rollout's
         kept = [line for line in read_lines(self.samples_path) if not ours(line)]
         lines = kept + [{"stage": stage, **sample} for sample in samples]
@@ -106,7 +109,13 @@ def prompt_encoder(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[str], 
 
 
 def generator(config: ConfigDict, tokenizer: Tokenizer, model: LanguageModel, rows: int):
-    """`generate` of the rollout engine with `rows` slots, on prompts as users write them."""
+    """`generate` of the rollout engine with `rows` slots, on prompts as users write them.
+
+    Args:
+      model: the run's, or one that assemble.sampling_model made of it.
+    """
+    if hosts.several() and model.mesh.size == jax.device_count():
+        model = assemble.sampling_model(model)
     encode = prompt_encoder(config, tokenizer)
     return build_generate(
         model,

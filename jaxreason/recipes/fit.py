@@ -12,13 +12,13 @@ from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import LoraConfig
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel import chips, cost, hosts
-from jaxreason.recipes import assemble, checkpoints, lora
+from jaxreason.recipes import assemble, checkpoints, lora, weights
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
-from jaxreason.train.fit import Fit, FitConfig, fit
+from jaxreason.train.fit import Fit, FitConfig, fit, whole_state
 from jaxreason.train.step import make_train_step
 
 
@@ -65,13 +65,13 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
 
 
 def check_data(config: ConfigDict, stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
-    """Opens the data. Raises ValueError for whatever is wrong with it."""
+    """Opens the data, of all processes. Raises ValueError for whatever is wrong with it."""
     pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
 
 
 def model_of(model: LanguageModel, stage: Stage) -> LanguageModel:
     """What the stage trains of the run's model. Raises ValueError where it cannot."""
-    return lora.adapted(model, stage.lora)
+    return model.adapted(stage.lora)
 
 
 def run_stage(run: Run, stage: Stage) -> None:
@@ -92,9 +92,10 @@ def run_stage(run: Run, stage: Stage) -> None:
         clip_norm=stage.optimizer.clip_norm,
         microbatches=config.mesh.microbatches,
         num_shards=stage.data.num_shards,
-        xla_options=config.mesh.xla_options.to_dict(),
+        xla_options=assemble.xla_options(config.mesh),
     )
-    batches = pipeline_lib.build(stage.data, run.tokenizer, workdir.data)
+    owned = hosts.own_shards(model.mesh, stage.data.rows, stage.data.num_shards)
+    batches = pipeline_lib.build(stage.data, run.tokenizer, workdir.data, shards=owned)
     with Store(workdir.checkpoints(stage.name), keep=config.run.keep) as store:
         job = Fit(
             stage=stage.name,
@@ -116,23 +117,25 @@ def run_stage(run: Run, stage: Stage) -> None:
         base = None
         if stage.lora:
             base = lora.frozen_base(workdir, stage.name, stage.start, run.model)
-        first = lambda: None if stage.lora else stage.start.load(model, workdir.checkpoints)
+        load = lambda: weights.load(stage.start, model, workdir.checkpoints)
+        first = (lambda: None) if stage.lora else load
         _, tokens = fit(job, key, first, base)
-    stats = batches.stats
+    stats = batches.stats(whole_state(batches))
     batches.close()
-    last = [record for record in read_metrics(workdir.path) if record["stage"] == stage.name][-1]
-    workdir.mark(
-        stage.name,
-        {
+
+    def outcome() -> dict:
+        records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
+        return {
             "steps": stage.fit.steps,
             "tokens": int(tokens),
-            "final_loss": last["loss"],
+            "final_loss": records[-1]["loss"],
             "seconds": round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0),
             "examples": stats.examples,
             "quarantined": stats.quarantined,
             "fill": round(stats.fill, 4),
-        },
-    )
+        }
+
+    workdir.mark(stage.name, outcome)
 
 
 def flops_per_token(model: LanguageModel, length: int) -> float:

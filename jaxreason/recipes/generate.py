@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from jaxreason.data.sources import JsonlSource
 from jaxreason.model.decoder import LanguageModel
-from jaxreason.recipes import assemble, checkpoints, terminal
+from jaxreason.parallel import hosts
+from jaxreason.recipes import assemble, checkpoints, terminal, weights
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_lines, write_whole
 from jaxreason.rollout.engine import EngineConfig
@@ -29,6 +30,11 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     progress = Progress()
 
     # --- everything that can be wrong is found before anything is expensive -----------------------
+    if hosts.several():
+        raise ValueError(
+            f"recipe is 'generate' and there are {hosts.count()} processes; answers are given by "
+            "one, on all devices of its host (run.processes.number=1)"
+        )
     start = checkpoints.parse(config.init["from"])
     if start.kind == "run" and start.directory is None:
         raise ValueError(
@@ -103,7 +109,7 @@ def _speaker(
         chat.thinking_ids(tokenizer, template.tags, config.chat.wait),
         tokenizer.stop_ids,
     )
-    params = start.load(model, Workdir(folder).checkpoints)
+    params = weights.load(start, model, Workdir(folder).checkpoints)
     if params is None:
         params = model.init(assemble.stage_key(config.seed, "init"))
     return terminal.Speaker(

@@ -1,24 +1,22 @@
 """LoRA in a stage: what is asked for, its model, the base that it reads, the adapter it leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxreason.checkpoint.peft import export_peft
 from jaxreason.checkpoint.store import restore_params
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import BASE_DTYPE, LoraConfig
-from jaxreason.recipes import bases
+from jaxreason.parallel import hosts
+from jaxreason.recipes import bases, weights
+from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.types import Params
-
-if TYPE_CHECKING:  # it imports this file
-    from jaxreason.recipes.checkpoints import Checkpoint
 
 
 def plan(section: ConfigDict, start: Checkpoint) -> LoraConfig | None:
@@ -43,20 +41,6 @@ def plan(section: ConfigDict, start: Checkpoint) -> LoraConfig | None:
     return lora if lora.rank else None
 
 
-def adapted(
-    model: LanguageModel, lora: LoraConfig | None, value_head: bool = False
-) -> LanguageModel:
-    """The run's model as a stage trains it; the run's own where it trains all of it.
-
-    Raises ValueError where the adapters do not fit the model.
-    """
-    if lora is None and not value_head:
-        return model
-    return LanguageModel(
-        model.config, model.execution, model.mesh, model.valid_vocab, value_head, lora
-    )
-
-
 def frozen_base(workdir: Workdir, stage: str, start: Checkpoint, model: LanguageModel) -> Params:
     """What the stage's adapters are added to, bfloat16; what it was is recorded (bases.begun).
 
@@ -64,7 +48,7 @@ def frozen_base(workdir: Workdir, stage: str, start: Checkpoint, model: Language
     on finds another base than it began with.
     """
     base = bases.begun(workdir, stage, start)
-    return base.load(model, workdir.checkpoints, BASE_DTYPE)
+    return weights.load(base, model, workdir.checkpoints, BASE_DTYPE)
 
 
 def export(
@@ -84,9 +68,12 @@ def export(
     """
     folder = workdir.checkpoints(stage)
     adapters = restore_params(folder, model.abstract(), optional=("value_head",))
+    if model.mesh is not None:  # whole where they are written
+        adapters = jax.device_put(adapters, NamedSharding(model.mesh, PartitionSpec()))
     base = _base_name(bases.recorded(workdir.path, stage, start, workdir.checkpoints), workdir.path)
     target = workdir.path / "adapters" / stage
-    export_peft(target, model.lora, model.config, adapters, base, save_tokenizer)
+    write = lambda: export_peft(target, model.lora, model.config, adapters, base, save_tokenizer)
+    hosts.first(write)
     return base[0]
 
 

@@ -6,6 +6,7 @@ Each part leaves a marker when it is done, so the same command goes on where it 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -15,13 +16,15 @@ from ml_collections import ConfigDict
 from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
 from jaxreason.evals import accuracy
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, evaluation, fit, lora, rl, scaling
+from jaxreason.recipes import assemble, evaluation, fit, lora, rl, scaling, weights
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.html import write_report
 from jaxreason.report.summary import read_lines, write_summary
+from jaxreason.rollout.sync import place
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train.metrics import MetricsWriter, Progress
 from jaxreason.types import Params
@@ -76,7 +79,10 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     prepare_data(config, workdir, progress)
     for stage in trained:
         with _naming(config, stage.name):
-            _TRAINING[stage.section.kind].check_data(config, stage, tokenizer, workdir)
+            check = functools.partial(
+                _TRAINING[stage.section.kind].check_data, config, stage, tokenizer, workdir
+            )
+            hosts.first(check)  # what it prepares, the other processes find
     evaluate = evaluation.build(config, workdir, tokenizer, model)
     describe(config, workdir, model, tokenizer, trained[0].length)
     workdir.describe(trained_parameters={name: m.num_params for name, m in models.items()})
@@ -102,12 +108,12 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         )
         export = {"steps": stage.steps, "dtype": config.run.export_dtype}
         if config.run.export and workdir.marker(f"{stage.name}.export") != export:
-            assemble.export(config, model, load(), tokenizer, workdir.path / "hf" / stage.name)
+            _export(this_run, stage, load())
             if stage.lora is not None:
                 _export_adapters(this_run, stage, models[stage.name])
-            workdir.mark(f"{stage.name}.export", export)
+            workdir.mark(f"{stage.name}.export", lambda export=export: export)
     for stage in trained:
-        _add_gains(this_run, stage, evals)
+        hosts.first(functools.partial(_add_gains, this_run, stage, evals))
     curves = [
         record
         for stage in stages
@@ -123,7 +129,14 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
 def stage_params(run: Run, stage: Stage) -> Params:
     """What a trained stage ended with, without a critic's head; adapters are merged."""
     ended = Checkpoint(f"@{stage.name}", "run", stage=stage.name)
-    return ended.load(run.model, run.workdir.checkpoints)
+    return weights.load(ended, run.model, run.workdir.checkpoints)
+
+
+def _export(run: Run, stage: Stage, params: Params) -> None:
+    """hf/STAGE: the first process writes what each has on its own devices."""
+    params = place(params, assemble.sampling_model(run.model))
+    target = run.workdir.path / "hf" / stage.name
+    hosts.first(lambda: assemble.export(run.config, run.model, params, run.tokenizer, target))
 
 
 def _export_adapters(run: Run, stage: Stage, model: LanguageModel) -> None:
@@ -168,10 +181,10 @@ def _scaling_once(run: Run, stage: scaling.ScalingStage) -> list[dict]:
     if marker is None or marker["asked"] != _jsonable(asked):
         run.progress.say(f"{stage.name}: test-time scaling of {stage.start.text}")
         key = assemble.stage_key(run.config.seed, stage.name)
-        params = stage.start.load(run.model, run.workdir.checkpoints)
+        params = weights.load(stage.start, run.model, run.workdir.checkpoints)
         records = scaling.run(stage, run.evaluation, run.tokenizer, params, key, run.progress)
         marker = {"asked": _jsonable(asked), "records": records}
-        run.workdir.mark(stage.name, marker)
+        run.workdir.mark(stage.name, lambda: marker)
     return marker["records"]
 
 
@@ -181,7 +194,8 @@ def prepare_data(config: ConfigDict, workdir: Workdir, progress: Progress) -> No
         target = workdir.data / "arithmetic"
         if not target.exists():
             progress.say("preparing arithmetic expressions")
-        prepare_arithmetic(ArithmeticConfig(**config.arithmetic.to_dict()), target)
+        made = ArithmeticConfig(**config.arithmetic.to_dict())
+        hosts.first(lambda: prepare_arithmetic(made, target))
 
 
 def describe(
@@ -197,6 +211,7 @@ def describe(
         flops_per_token=fit.flops_per_token(model, length),
         mesh=mesh,
         execution=dataclasses.asdict(model.execution),
+        xla_options=assemble.xla_options(config.mesh),
     )
 
 
@@ -208,7 +223,7 @@ def evaluate_once(config, workdir, evaluate, name, load, steps, progress) -> dic
         progress.say(f"{name}: evaluating")
         key = assemble.stage_key(config.seed, f"{name}.eval")
         marker = {"asked": asked, "metrics": evaluate.run(name, load(), key)}
-        workdir.mark(f"{name}.eval", marker)
+        workdir.mark(f"{name}.eval", lambda: marker)
     for set_name, metrics in marker["metrics"].items():
         shown = {k: v for k, v in metrics.items() if isinstance(v, float)}
         line = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
@@ -224,8 +239,11 @@ def finish(
     progress: Progress,
     curves: list[dict] = (),
 ) -> None:
-    write_summary(workdir.path, "done", round(seconds, 1), stages, evals, list(curves))
-    write_report(workdir.path)
+    def write() -> None:
+        write_summary(workdir.path, "done", round(seconds, 1), stages, evals, list(curves))
+        write_report(workdir.path)
+
+    hosts.first(write)
     progress.say(f"done in {seconds:.0f} s: {workdir.path / 'report.html'}")
 
 

@@ -14,13 +14,14 @@ from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import LoraConfig
 from jaxreason.objectives.advantage import GROUPED
 from jaxreason.objectives.policy import CORRECTIONS, KLS, PRESETS, Algorithm, PolicyGradient
-from jaxreason.parallel import rules
+from jaxreason.parallel import hosts, rules
 from jaxreason.parallel.mesh import AXES, make_mesh
-from jaxreason.recipes import assemble, checkpoints, evaluation, lora
+from jaxreason.recipes import assemble, checkpoints, evaluation, lora, weights
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
 from jaxreason.rewards import mix
+from jaxreason.rollout.sync import place
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.collect import CollectConfig, Collector
@@ -66,11 +67,6 @@ class RLStage:
 
 def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
     """Raises ValueError, naming key, value and what would be right, for whatever cannot run."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"kind is 'rl' and there are {jax.process_count()} processes; reinforcement learning "
-            "runs in one, on all devices of its host"
-        )
     rollout, training = section.rollout, section.train
     fields = section.data.to_dict()
     prompts = prompts_lib.PromptConfig(
@@ -219,15 +215,12 @@ def model_of(model: LanguageModel, stage: RLStage) -> LanguageModel:
 
     Raises ValueError where it cannot.
     """
-    return lora.adapted(model, stage.lora, stage.algorithm.needs_values)
+    return model.adapted(stage.lora, stage.algorithm.needs_values)
 
 
 def sampler_of(model: LanguageModel, stage: RLStage) -> LanguageModel:
     """The run's model as it samples: the trainer's, or the same on `rollout.mesh`."""
-    mesh = _sampler_mesh(stage.section)
-    if mesh is None:
-        return model
-    return LanguageModel(model.config, model.execution, mesh, model.valid_vocab)
+    return assemble.sampling_model(model, _sampler_mesh(stage.section))
 
 
 def _sampler_mesh(section: ConfigDict) -> jax.sharding.Mesh | None:
@@ -236,7 +229,8 @@ def _sampler_mesh(section: ConfigDict) -> jax.sharding.Mesh | None:
     if not shape:
         return None
     try:
-        return make_mesh({axis: shape.get(axis, 1) for axis in AXES})
+        devices = jax.local_devices() if hosts.several() else None
+        return make_mesh({axis: shape.get(axis, 1) for axis in AXES}, devices)
     except ValueError as error:
         raise ValueError(f"rollout.mesh: {error}") from error
 
@@ -257,9 +251,10 @@ def run_stage(run: Run, stage: RLStage) -> None:
         optim.make_schedule(stage.optimizer, stage.loop.num_updates),
         clip_norm=stage.optimizer.clip_norm,
         microbatches=config.mesh.microbatches,
-        xla_options=config.mesh.xla_options.to_dict(),
+        xla_options=assemble.xla_options(config.mesh),
     )
     encode = evaluation.prompt_encoder(config, run.tokenizer)
+    sampler = sampler_of(run.model, stage)
     key = assemble.stage_key(config.seed, stage.name)
 
     store = Store(workdir.checkpoints(stage.name), keep=config.run.keep)
@@ -272,7 +267,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
             generate=evaluation.generator(
                 config,
                 run.tokenizer,
-                sampler_of(run.model, stage),
+                sampler,
                 stage.section.rollout.slots,
             ),
             reward=reward,
@@ -299,13 +294,18 @@ def run_stage(run: Run, stage: RLStage) -> None:
             progress=run.progress,
             samples=workdir.samples,
             seed=config.seed,
+            to_sampler=functools.partial(place, model=sampler),
             evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
         )
         _, tokens = train(job, key, *_begins(run, stage, model, key))
     seconds = round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0)
-    records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
-    content = {"steps": stage.steps, "tokens": int(tokens), **_outcome(records)}
-    workdir.mark(stage.name, content | {"seconds": seconds})
+
+    def outcome() -> dict:
+        records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
+        content = {"steps": stage.steps, "tokens": int(tokens), **_outcome(records)}
+        return content | {"seconds": seconds}
+
+    workdir.mark(stage.name, outcome)
 
 
 def _begins(
@@ -319,12 +319,12 @@ def _begins(
         return lambda: None, base if stage.algorithm.needs_reference else None, base
 
     def params() -> Params | None:
-        loaded = stage.start.load(model, checkpoints)
+        loaded = weights.load(stage.start, model, checkpoints)
         return None if loaded is None else model.with_value_head(loaded)
 
     def reference() -> Params:
-        loaded = stage.start.load(run.model, checkpoints)
-        return run.model.init(key) if loaded is None else loaded
+        loaded = weights.load(stage.start, run.model, checkpoints)
+        return assemble.random_params(run.model, key) if loaded is None else loaded
 
     return params, reference if stage.algorithm.needs_reference else None, None
 

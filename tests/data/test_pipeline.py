@@ -159,7 +159,7 @@ def test_the_next_batch_after_a_resume_is_bit_equal(folder, way, monkeypatch):
     for _ in range(14):
         batches.append(next(running))
         states.append(json.dumps(running.get_state()))
-    stats = running.stats
+    stats = running.stats()
     running.close()
     for number in (0, 1, 2, 5, 9):
         resumed = build(config, TOKENIZER, folder)
@@ -168,7 +168,7 @@ def test_the_next_batch_after_a_resume_is_bit_equal(folder, way, monkeypatch):
         assert json.dumps(resumed.get_state()) == states[number]
         assert_same(list(itertools.islice(resumed, 14 - number)), batches[number:])
         assert json.dumps(resumed.get_state()) == states[14]
-        assert resumed.stats == stats
+        assert resumed.stats() == stats
         resumed.close()
 
 
@@ -280,7 +280,7 @@ def test_malformed_lines_are_counted_and_training_goes_on(folder):
     made = build(config_of(folder), TOKENIZER, folder)
     batch = next(made)
     made.close()
-    stats = made.stats
+    stats = made.stats()
     assert stats.quarantined == 1
     assert stats.tokens == np.count_nonzero(batch.segments_BT)
     assert stats.examples == len(texts([batch]))
@@ -426,10 +426,10 @@ def test_throughput(tmp_path):
         shape = dict(rows=32, length=256, num_shards=1)
         made = build(config_of(tmp_path, **shape, **way), TOKENIZER, tmp_path)
         next(made)
-        start, before = time.perf_counter(), made.stats.tokens
+        start, before = time.perf_counter(), made.stats().tokens
         for _ in range(150):
             next(made)
-        rate = (made.stats.tokens - before) / (time.perf_counter() - start)
+        rate = (made.stats().tokens - before) / (time.perf_counter() - start)
         made.close()
-        print(f"{way['packing']}: {rate:,.0f} tokens/s, fill {made.stats.fill:.3f}")
+        print(f"{way['packing']}: {rate:,.0f} tokens/s, fill {made.stats().fill:.3f}")
         assert rate > 400_000

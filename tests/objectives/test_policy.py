@@ -202,7 +202,7 @@ class Lookup:
         assert temperature == 1.0
         return params["logp"][h_B], params["entropy"][h_B], None
 
-    def values(self, params, h_B):
+    def values(self, params, h_B, length):
         return params["value_head"][h_B]
 
 

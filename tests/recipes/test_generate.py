@@ -9,7 +9,8 @@ import pytest
 from jaxreason import launch
 from jaxreason.checkpoint import hf
 from jaxreason.model.config import preset
-from jaxreason.model.decoder import Execution, LanguageModel
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.recipes import assemble, terminal
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import ByteTokenizer
