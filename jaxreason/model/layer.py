@@ -35,7 +35,7 @@ class LayerWeights:
 
     attention_norm: jax.Array
     qkv: tuple[jax.Array, ...]  # [D, heads, H] each; together N + 2K heads
-    qkv_bias: jax.Array | None  # [N + 2K, H]
+    qkv_bias: tuple[jax.Array, ...] | None  # [heads, H] each, as qkv
     q_norm: jax.Array | None
     k_norm: jax.Array | None
     wo: jax.Array
@@ -84,14 +84,14 @@ class Block(nnx.Module):
         cast = lambda p: p[...].astype(dtype)
         norm = lambda name: multiplier(c, getattr(self, name)[...]) if hasattr(self, name) else None
         fuse = fuse and lora is None
-        join = lambda parts: (jnp.concatenate(parts, axis=1),) if fuse else tuple(parts)
-        gate_up = [cast(self.w_gate), cast(self.w_up)]
+        join = lambda axis, *parts: (jnp.concatenate(parts, axis),) if fuse else parts
+        gate_up = cast(self.w_gate), cast(self.w_up)
         bias = None
         if c.traits.qkv_bias:
-            bias = jnp.concatenate([cast(self.bq), cast(self.bk), cast(self.bv)])
+            bias = join(0, cast(self.bq), cast(self.bk), cast(self.bv))
         return LayerWeights(
             attention_norm=norm("attention_norm"),
-            qkv=join([cast(self.wq), cast(self.wk), cast(self.wv)]),
+            qkv=join(1, cast(self.wq), cast(self.wk), cast(self.wv)),
             qkv_bias=bias,
             q_norm=norm("q_norm"),
             k_norm=norm("k_norm"),
@@ -99,7 +99,7 @@ class Block(nnx.Module):
             post_attention_norm=norm("post_attention_norm"),
             mlp_norm=norm("mlp_norm"),
             router=self.router[...] if c.traits.experts else None,
-            gate_up=tuple(gate_up) if c.traits.experts else join(gate_up),
+            gate_up=gate_up if c.traits.experts else join(1, *gate_up),
             w_down=cast(self.w_down),
             post_mlp_norm=norm("post_mlp_norm"),
             lora=None if lora is None else jax.tree.map(lambda x: x.astype(dtype), lora),
@@ -164,10 +164,12 @@ def qkv(c: DecoderConfig, w: LayerWeights, x_BTD, cos, sin, mesh: Mesh | None = 
     """Normed and rotated queries [B,T,N,H], keys and values [B,T,K,H]."""
     h_BTD = _normed(c, x_BTD, w.attention_norm, mesh)
     parts = [_linear(w, n, h_BTD, part, mesh=mesh) for n, part in zip(("wq", "wk", "wv"), w.qkv)]
-    heads = checkpoint_name(jnp.concatenate(parts, axis=2), "qkv")
+    parts = [checkpoint_name(part, "qkv") for part in parts]
     if w.qkv_bias is not None:
-        heads = heads + w.qkv_bias
-    q_BTNH, k_BTKH, v_BTKH = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        parts = [part + bias for part, bias in zip(parts, w.qkv_bias, strict=True)]
+    if len(parts) == 1:  # joined
+        parts = jnp.split(parts[0], [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+    q_BTNH, k_BTKH, v_BTKH = parts
     if w.q_norm is not None:
         q_BTNH = rms_norm(q_BTNH, w.q_norm, c.norm_eps)
         k_BTKH = rms_norm(k_BTKH, w.k_norm, c.norm_eps)
