@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compile_options import options_in_force
 from hf_models import CASES, make
 from safetensors.numpy import load_file, save_file
 from tiny_models import assert_trees_equal, mean_loss, packed_batch, tiny_model, tiny_params
@@ -26,6 +27,8 @@ from jaxreason.model import attention
 from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.objectives.policy import PolicyGradient, kl
+from jaxreason.parallel import chips
+from jaxreason.recipes import fit, rl
 from jaxreason.recipes import pipeline as pipeline_recipe
 from jaxreason.rewards import mix
 from jaxreason.rewards.shaping import Length
@@ -328,6 +331,45 @@ def test_fault_15_a_kl_in_the_loss_is_never_negative():
     for estimator in ("k2", "k3"):
         assert (kl(logp, ref, estimator) >= 0).all()
         assert (kl(logp, logp * (1 + 1e-6), estimator) >= 0).all()  # where rounding bites
+
+
+@pytest.mark.parametrize("recipe", ["fit", "rl"])
+def test_fault_16_the_options_of_a_config_are_those_of_the_step_that_runs(
+    tmp_path, monkeypatch, recipe
+):
+    """Of the one executable that the recipe's jitted step holds after it has run."""
+    config = launch.load_config(f"{ROOT}/tests/process_config.py:{recipe}")
+    config.mesh.xla_options = chips.xla_options(chips.CHIPS["b200"], 8)  # XLA takes them on CPU
+    config.mesh.shape.update(data=1, fsdp=4, tensor=2)
+    config.train.steps = 1
+    config.eval.sets, config.run.export = {}, False
+    module, steps = {"fit": fit, "rl": rl}[recipe], []
+
+    def kept(*args, **kwargs):  # alive until its executable was looked at
+        steps.append(make_train_step(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(module, "make_train_step", kept)
+    client = jax.devices()[0].client
+    before = client.live_executables()
+    pipeline_recipe.run(config, tmp_path / "run")
+    made = [e for e in client.live_executables() if e not in before]
+    (step,) = [e for e in made if e.hlo_modules()[0].name == "jit_step_fn"]
+    assert steps[0]._cache_size() == len(steps) == 1
+    assert options_in_force(step) == config.mesh.xla_options.to_dict()
+    said = json.loads((tmp_path / "run/config.json").read_text())["xla_options"]
+    assert said == config.mesh.xla_options.to_dict()
+
+
+def test_fault_16_an_option_that_there_is_not_fails_the_step_that_runs():
+    model = tiny_model()
+    optimizer = optax.identity()
+    step = make_train_step(
+        model, LanguageModeling(), optimizer, lambda step: 0.0, xla_options={"xla_no_such": 1}
+    )
+    state = state_lib.create(model, optimizer, jax.random.key(0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such'"):
+        step(state, packed_batch([[32]], length=32), None)
 
 
 @pytest.mark.parametrize("name", sorted(chat.TEMPLATES))

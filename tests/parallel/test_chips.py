@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from compile_options import options_in_force
 
 from jaxreason.parallel import chips
 from jaxreason.parallel.cost import causal_keys, flops_per_token
@@ -66,37 +67,13 @@ def test_a_slice_that_there_is_not_is_refused(name, hosts, most):
         chips.slice_topology(name, hosts)
 
 
-def options_in_force(compiled) -> dict[str, object]:
-    """The overrides that an executable carries: its serialised form ends in its compile options.
-
-    A protobuf map: 0x0a, length, name, 0x12, length, value; field 1 of a value is a text, 2 a bool
-    and 3 a whole number (OptionOverrideProto of XLA's compile_options.proto).
-    """
-    data, found, at = compiled.runtime_executable().serialize(), {}, 0
-    while (at := data.find(b"xla_", at)) > 0:
-        size = data[at - 1]
-        name, rest = data[at : at + size], data[at + size :]
-        if data[at - 2] == 0x0A and rest[:1] == b"\x12" and name.replace(b"_", b"").isalnum():
-            found[name.decode()] = _override(rest[2 : 2 + rest[1]])
-        at += 4
-    return found
-
-
-def _override(value: bytes) -> object:
-    field, body = value[0] >> 3, value[1:]
-    if field == 1:
-        return body[1:].decode()
-    number = sum((byte & 0x7F) << (7 * i) for i, byte in enumerate(body))
-    return bool(number) if field == 2 else number
-
-
 def test_an_executable_tells_which_options_it_was_compiled_with():
     """On CPU too: XLA has one set of options for all platforms."""
     options = chips.xla_options(chips.CHIPS["b200"], 8)
     step = jax.jit(lambda x: x @ x, compiler_options=options)
-    assert options_in_force(step.lower(jnp.ones((2, 2))).compile()) == options
+    assert options_in_force(step.lower(jnp.ones((2, 2))).compile().runtime_executable()) == options
     plain = jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile()
-    assert options_in_force(plain) == {}
+    assert options_in_force(plain.runtime_executable()) == {}
 
 
 def test_options_go_by_generation_and_number():
@@ -118,7 +95,7 @@ def test_the_gpu_compiler_takes_the_options(name):
     x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=place)
     options = chips.xla_options(chips.CHIPS[name], 8)
     compiled = jax.jit(lambda x: x @ x, compiler_options=options).lower(x).compile()
-    assert options_in_force(compiled) == options
+    assert options_in_force(compiled.runtime_executable()) == options
 
 
 def test_flops_by_hand():
