@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-IMPLEMENTATIONS = ("auto", "loop", "ragged", "pallas")
+PLAIN = ("auto", "loop", "ragged")  # XLA's own operations
+IMPLEMENTATIONS = (*PLAIN, "pallas")
 
 _BLOCK = 128  # rows of one product; of a group's last one some are another group's, and are dropped
 

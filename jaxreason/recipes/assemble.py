@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxreason.checkpoint import hf, hub
 from jaxreason.data import sources
 from jaxreason.data.pipeline import DataConfig
+from jaxreason.kernels import grouped
 from jaxreason.model.config import DecoderConfig, preset
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import Execution
@@ -93,6 +94,19 @@ def xla_options(mesh: ConfigDict) -> dict[str, object]:
     return {**defaults, **mesh.xla_options.to_dict()}
 
 
+def check_xla_options(mesh: ConfigDict) -> None:
+    """Raises ValueError for an option of the config that the compiler of this machine refuses."""
+    for name, value in mesh.xla_options.items():
+        try:
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
+        except (RuntimeError, TypeError, ValueError) as error:  # unknown; no value for an option
+            said = str(error) if isinstance(error, RuntimeError) else "no bool, number or text"
+            raise ValueError(
+                f"mesh.xla_options.{name} is {value!r}: {said.removeprefix('INVALID_ARGUMENT: ')}; "
+                f"options of XLA and their types are the fields of DebugOptions in its xla.proto"
+            ) from error
+
+
 def device_mesh(mesh: ConfigDict) -> Mesh | None:
     """The mesh of all devices; None where there is one device only, and nothing to lay out."""
     built = make_mesh(mesh.shape.to_dict())
@@ -121,13 +135,21 @@ def random_params(model: LanguageModel, key: jax.Array) -> Params:
 def language_model(
     config: ConfigDict, shape: DecoderConfig, tokenizer: Tokenizer, value_head: bool = False
 ) -> LanguageModel:
-    return LanguageModel(
+    """The run's model. Kernels of ours that it chose are first held against plain XLA's results.
+
+    Raises ValueError where it cannot run here, or a kernel's results are wrong.
+    """
+    model = LanguageModel(
         shape,
         execution(config.mesh),
         device_mesh(config.mesh),
         valid_vocab=tokenizer.vocab_size,
         value_head=value_head,
     )
+    experts = model.execution.experts
+    if model.has_experts and experts not in grouped.PLAIN:
+        grouped.check(experts, jax.numpy.dtype(model.execution.dtype))
+    return model
 
 
 def tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> Tokenizer:

@@ -66,6 +66,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
 
     # --- everything that can be wrong is found before anything is expensive -----------------------
     stages = stages_of(config)
+    assemble.check_xla_options(config.mesh)
     shape = assemble.architecture(config, stages[0].start)
     trained = [stage for stage in stages if stage.section.kind in _TRAINING]
     workdir = Workdir(folder)
