@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jaxreason.model import moe
 from jaxreason.model.config import DecoderConfig
+from jaxreason.model.products import column_parallel, row_parallel
 from jaxreason.model.rope import rotate
 from jaxreason.parallel import rules
 from jaxreason.types import Params, pytree_dataclass
@@ -46,6 +47,9 @@ class LayerWeights:
     w_down: jax.Array
     post_mlp_norm: jax.Array | None
     lora: Params | None = None  # weight -> {"a", "b"}, b scaled
+
+    def adapters(self, *names: str) -> tuple[Params | None, ...]:
+        return tuple((self.lora or {}).get(name) for name in names)
 
 
 class Block(nnx.Module):
@@ -136,34 +140,10 @@ def rms_norm(x, scale, eps):
     )
 
 
-def project(x, w, num_in: int = 1, mesh: Mesh | None = None):
-    """x [B, T, *in] times w [*in, *out] over its first `num_in` dims -> [B, T, *out].
-
-    Without a mesh one product of two matrices: the gradient of w of the same einsum over
-    [B, T, ...] costs 2.5 times as much on CPU, where XLA then transposes the larger operand. On a
-    mesh B and T stay apart: joined they cannot both be split. Sums are in float32.
-    """
-    rows, into, out = x.shape[:2], w.shape[:num_in], w.shape[num_in:]
-    x_XI, w_IO = x.reshape(*rows, math.prod(into)), w.reshape(math.prod(into), -1)
-    if mesh is None:
-        x_XI = x_XI.reshape(-1, math.prod(into))
-    out_XO = jnp.einsum("...I,IO->...O", x_XI, w_IO, preferred_element_type=jnp.float32)
-    return out_XO.astype(x.dtype).reshape(*rows, *out)
-
-
-def _linear(w: LayerWeights, name: str, x, weight, num_in: int = 1, mesh: Mesh | None = None):
-    """x times the weight of that name, with its adapter if it has one."""
-    out = project(x, weight, num_in, mesh)
-    if w.lora is None or name not in w.lora:
-        return out
-    inner = project(x, w.lora[name]["a"], num_in, mesh)
-    return out + project(inner, w.lora[name]["b"], mesh=mesh)
-
-
 def qkv(c: DecoderConfig, w: LayerWeights, x_BTD, cos, sin, mesh: Mesh | None = None):
     """Normed and rotated queries [B,T,N,H], keys and values [B,T,K,H]."""
     h_BTD = _normed(c, x_BTD, w.attention_norm, mesh)
-    parts = [_linear(w, n, h_BTD, part, mesh=mesh) for n, part in zip(("wq", "wk", "wv"), w.qkv)]
+    parts = column_parallel(h_BTD, w.qkv, w.adapters("wq", "wk", "wv"), mesh)
     parts = [checkpoint_name(part, "qkv") for part in parts]
     if w.qkv_bias is not None:
         parts = [part + bias for part, bias in zip(parts, w.qkv_bias, strict=True)]
@@ -189,25 +169,19 @@ def finish_layer(
 
     Returns (x_BTD, moe.Routing over the tokens of `real_BT`, or None without it or experts).
     """
-    out_BTD = _linear(w, "wo", attended_BTNH, w.wo, num_in=2, mesh=mesh)
-    out_BTD = checkpoint_name(_residual(out_BTD, mesh), "attention_projection")
+    out_BTD = row_parallel(attended_BTNH, w.wo, *w.adapters("wo"), mesh)
+    out_BTD = checkpoint_name(out_BTD, "attention_projection")
     x_BTD = x_BTD + _post_norm(c, out_BTD, w.post_attention_norm)
     if c.traits.experts:
         out_BTD, routing = _experts(c, w, x_BTD, experts, real_BT)
     else:
         out_BTD, routing = _mlp(c, w, x_BTD, mesh), None
-    return x_BTD + _post_norm(c, _residual(out_BTD, mesh), w.post_mlp_norm), routing
+    return x_BTD + _post_norm(c, out_BTD, w.post_mlp_norm), routing
 
 
 def _normed(c: DecoderConfig, x_BTD, scale, mesh: Mesh | None):
-    """The stream normed where it lies, split along T over the tensor axis too, then gathered."""
-    return rules.constrain(rms_norm(x_BTD, scale, c.norm_eps), mesh, "batch", "length", "model")
-
-
-def _residual(out_BTD, mesh: Mesh | None):
-    """What a branch adds to the stream, where the stream lies: the tensor axis' parts are summed
-    and split along T at once."""
-    return rules.constrain(out_BTD, mesh, "batch", "residual", "model")
+    """The stream normed where it lies, split along T over the tensor axis too."""
+    return rules.constrain(rms_norm(x_BTD, scale, c.norm_eps), mesh, "batch", "residual", "model")
 
 
 def _post_norm(c: DecoderConfig, out_BTD, scale):
@@ -216,13 +190,12 @@ def _post_norm(c: DecoderConfig, out_BTD, scale):
 
 def _mlp(c: DecoderConfig, w: LayerWeights, x_BTD, mesh: Mesh | None):
     h_BTD = _normed(c, x_BTD, w.mlp_norm, mesh)
-    names = ("w_gate", "w_up")
-    parts = [_linear(w, name, h_BTD, part, mesh=mesh) for name, part in zip(names, w.gate_up)]
+    parts = column_parallel(h_BTD, w.gate_up, w.adapters("w_gate", "w_up"), mesh)
     if len(parts) == 1:  # joined
         parts = jnp.split(parts[0], 2, axis=-1)
     gate_BTF, up_BTF = (checkpoint_name(part, "gate_up") for part in parts)
     inner_BTF = _ACTIVATIONS[c.traits.activation](gate_BTF) * up_BTF
-    return _linear(w, "w_down", inner_BTF, w.w_down, mesh=mesh)
+    return row_parallel(inner_BTF, w.w_down, *w.adapters("w_down"), mesh)
 
 
 def _experts(c: DecoderConfig, w: LayerWeights, x_BTD, experts: moe.Experts, real_BT):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxreason.kernels.grouped import IMPLEMENTATIONS, grouped_matmul
+from jaxreason.model.products import whole
 from jaxreason.parallel import rules
 from jaxreason.types import pytree_dataclass
 
@@ -187,18 +188,8 @@ class Experts:
 
     def _whole(self, experts: Weights) -> Weights:
         """A device's experts, gathered over the axes that split their D; their F stays split."""
-        axes = self._split(*rules.mesh_axes("expert_embed"))
-        if not axes:
-            return experts
-
-        def gathered(w, names):
-            # Gathered in front and then moved: along an inner dim XLA:GPU would want the weights of
-            # all layers transposed first, a second float32 copy of them.
-            dim = names.index("expert_embed")
-            parts = jnp.moveaxis(jax.lax.all_gather(w, axes), 0, dim)
-            return parts.reshape(*w.shape[:dim], -1, *w.shape[dim + 1 :])
-
-        return tuple(gathered(w, names) for w, names in zip(experts, _WEIGHT_AXES))
+        named = zip(experts, _WEIGHT_AXES)
+        return tuple(whole(w, axes, self.mesh, "expert_embed") for w, axes in named)
 
     def _exchanged(self, h_XD, weights_XK, ids_XK, experts: Weights, activation) -> jax.Array:
         """out_XD of a device's own tokens, which its peers' experts have seen too."""

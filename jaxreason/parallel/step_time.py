@@ -157,9 +157,11 @@ def _per_layer_weights(work: Workload, layout: Layout, chip: Chip) -> float:
 
 
 def _tensor_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
-    """The stream is gathered before attention and MLP and its sums split after, in both passes."""
+    """The stream is gathered before attention and MLP and its sums split after, in both passes; and
+    where a layer is computed again, gathered again for the gradients of its weights."""
     stream = work.dtype_bytes * layout.tokens(work) * work.embed_dim
-    return 8 * exchange_seconds(chip, layout, ("tensor",), stream)
+    times = 8 + 2 * (layout.kept is not None) + layout.recomputes("attention_projection")
+    return times * exchange_seconds(chip, layout, ("tensor",), stream)
 
 
 def _context_seconds(work: Workload, layout: Layout, chip: Chip) -> float:

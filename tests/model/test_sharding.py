@@ -8,6 +8,7 @@ import pytest
 from tiny_models import assert_trees_close, packed_batch, tiny_model, tiny_params
 
 from jaxreason.model.execution import Execution
+from jaxreason.model.lora import LoraConfig
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import make_mesh
 
@@ -45,6 +46,30 @@ def test_sharded_equals_unsharded(shape, valid_vocab, execution):
     got = jax.jit(functools.partial(evaluate, model))(params, rows)
     assert all(jnp.abs(gradient).max() > 0 for gradient in jax.tree.leaves(want[1]))
     # float32 sums over rows in another order: 1e-6 of the largest entry, with room.
+    assert_trees_close(got, want, 1e-5)
+
+
+def test_adapters_and_biases_on_a_mesh():
+    """Each of them gets the gradient that it has on one device: B's is of split sums, A's too."""
+    mesh, changes = make_mesh({"tensor": 2, "fsdp": 2, "context": 2}), dict(family="qwen2")
+    lora = LoraConfig(rank=3)
+    model, alone = (tiny_model(m, **changes).adapted(lora) for m in (mesh, None))
+    base = jax.jit(tiny_model(**changes).init)(jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    noise = lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape, x.dtype)
+    base = jax.tree.map(noise, base)
+    adapters = jax.tree.map(noise, alone.init(jax.random.key(2)))
+
+    def run(model, adapters, base, batch):
+        return evaluate(model, {**base, **adapters}, batch)
+
+    want = jax.jit(functools.partial(run, alone))(adapters, base, BATCH)
+    got = jax.jit(functools.partial(run, model))(
+        jax.device_put(adapters, model.shardings()),
+        jax.device_put(base, tiny_model(mesh, **changes).shardings()),
+        hosts.to_global(mesh, BATCH),
+    )
+    assert all(jnp.abs(gradient).max() > 0 for gradient in jax.tree.leaves(want[1]))
     assert_trees_close(got, want, 1e-5)
 
 
