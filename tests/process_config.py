@@ -1,4 +1,8 @@
-"""A config for runs of several processes: a two-layer model of sums, seconds on two cores."""
+"""A config for runs in processes of their own: a two-layer model of sums, seconds on two cores.
+
+`fit` and `rl` begin with random parameters. `sums` learns some by heart, `rl_sums` goes on from
+there (--config.init.from=WORKDIR@tiny).
+"""
 
 from jaxreason.recipes import defaults
 
@@ -8,7 +12,7 @@ MODEL = dict(
 
 
 def get_config(arg: str):
-    c = defaults.default_config("tiny", arg)
+    c = defaults.default_config("tiny", "rl" if arg.startswith("rl") else "fit")
     c.chat.template = "plain"
     c.model = defaults.model_config("qwen3-tiny", **MODEL)
     c.arithmetic = defaults.arithmetic_config(
@@ -17,7 +21,9 @@ def get_config(arg: str):
     c.run.export = arg == "rl"
     c.log.every = 1
     c.run.processes.heartbeat = 10
-    (_reinforcement if arg == "rl" else _training)(c)
+    (_reinforcement if arg.startswith("rl") else _training)(c)
+    if arg.endswith("sums"):
+        _known_sums(c, arg)
     return c
 
 
@@ -57,3 +63,20 @@ def _reinforcement(c) -> None:
             prompt_template="{expression}=", max_tokens=8, limit=3, num_samples=2
         )
     }
+
+
+def _known_sums(c, arg: str) -> None:
+    c.arithmetic.update(max_operations=1, max_operand=9, num_train=120, num_test=24)
+    if arg == "sums":
+        c.data.sources["a"].update(rendering="answer", prompt_template="{expression}=")
+        c.train.steps = 120
+        c.run.save_every = 1000
+        return
+    c.model = defaults.model_config()  # the checkpoint's
+    c.eval.sets = {
+        "known": defaults.prompts_eval(
+            c.data.sources["a"].to_dict(), defaults.reward("math"), max_tokens=8, limit=100,
+            num_samples=1, temperature=0.0, top_p=1.0,
+        )
+    }  # fmt: skip
+    c.eval.every = 1
