@@ -136,6 +136,53 @@ def assert_one_line(stderr: str, says: tuple[str, ...]) -> None:
         assert part in lines[0]
 
 
+def launched(flags: list[str], **environ: str) -> tuple[subprocess.CompletedProcess, float]:
+    """What a process of its own says, and its CPU seconds."""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"} | environ
+    env["PYTHONPATH"] = str(pathlib.Path(launch.__file__).parent.parent)
+    command = [sys.executable, "-m", "jaxreason.launch", *flags]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def mesh_flags(**sizes: int) -> list[str]:
+    return [f"--config.mesh.shape.{axis}={size}" for axis, size in sizes.items()]
+
+
+HEADS = [f"--config.model.{key}" for key in ("num_heads=3", "num_kv_heads=3", "vocab_size=264")]
+ON_EIGHT_DEVICES = {
+    "more devices than there are": Mistake(
+        lambda p: p.command(*mesh_flags(data=9)),
+        ("'data': 9", "needs 9 devices, but there are 8", "product is 8", "-1"),
+    ),
+    "an axis that does not divide the devices": Mistake(
+        lambda p: p.command(*mesh_flags(tensor=3)),
+        ("8 devices are not a multiple of 3", "data cannot take the rest", "can be 1, 2, 4, 8"),
+    ),
+    "a tensor axis over three heads": Mistake(
+        lambda p: p.command(*mesh_flags(tensor=2), *HEADS),
+        ("weight layers/w", "heads) = 3", "mesh axis tensor = 2", "it can be 1, 3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_EIGHT_DEVICES)
+def test_a_mesh_that_cannot_be_is_one_line_and_exit_code_2(name, place, capsys):
+    mistake = ON_EIGHT_DEVICES[name]
+    assert launch.main(mistake.flags(place)) == 2
+    assert_one_line(capsys.readouterr().err, mistake.says)
+    assert not (place.path / "new/checkpoints").exists()
+
+
+def test_nine_devices_for_a_mesh_of_eight(place):
+    done, _ = launched(place.command(*mesh_flags(data=4, tensor=2)), JAX_NUM_CPU_DEVICES="9")
+    assert done.returncode == 2
+    says = ("'tensor': 2", "needs 8 devices, but there are 9", "product is 9", "-1")
+    assert_one_line(done.stderr, says)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line_and_exit_code_2(name, place, capsys):
     mistake = MISTAKES[name]
@@ -153,19 +200,9 @@ QUICK = ("unknown key", "too long example")
 def test_mistake_is_found_within_10_seconds(name, place):
     """As a user meets it: a process of its own. CPU seconds, since the machine may be shared."""
     mistake = MISTAKES[name]
-    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
-    env["PYTHONPATH"] = str(pathlib.Path(launch.__file__).parent.parent)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxreason.launch", *mistake.flags(place)],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done, seconds = launched(mistake.flags(place))
     assert done.returncode == 2, done.stderr
     assert_one_line(done.stderr, mistake.says)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 10
 
 

@@ -22,7 +22,8 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 def resolve_shape(shape: Mapping[str, int], num_devices: int) -> dict[str, int]:
     """The size of every axis, with one -1 replaced by what is left.
 
-    Raises ValueError naming the axis and both numbers when the shape does not fit the devices.
+    Raises ValueError naming the axis, both numbers and what would fit when the shape does not fit
+    the devices.
     """
     unknown = set(shape) - set(AXES)
     if unknown:
@@ -42,12 +43,16 @@ def resolve_shape(shape: Mapping[str, int], num_devices: int) -> dict[str, int]:
     if free:
         if num_devices % known:
             raise ValueError(
-                f"mesh.shape: {num_devices} devices are not a multiple of {known}, "
-                f"the product of the other axes, so {free[0]} cannot take the rest"
+                f"mesh.shape: {num_devices} devices are not a multiple of {known}, the product of "
+                f"the other axes, so {free[0]} cannot take the rest; the product can be "
+                f"{', '.join(str(n) for n in range(1, num_devices + 1) if num_devices % n == 0)}"
             )
         sizes[free[0]] = num_devices // known
     elif known != num_devices:
-        raise ValueError(f"mesh.shape {sizes} needs {known} devices, but there are {num_devices}")
+        raise ValueError(
+            f"mesh.shape {sizes} needs {known} devices, but there are {num_devices}; set axes "
+            f"whose product is {num_devices}, one of them to -1 for what the others leave"
+        )
     return sizes
 
 

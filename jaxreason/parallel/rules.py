@@ -53,16 +53,17 @@ def sharding(
 ) -> NamedSharding:
     """The sharding of one weight.
 
-    Raises ValueError naming the weight, the dim, the mesh axis and both numbers where a dim does
-    not divide.
+    Raises ValueError naming the weight, the dim, the mesh axis, both numbers and those that would
+    do where a dim does not divide.
     """
     for dim, (size, logical) in enumerate(zip(shape, logical_axes, strict=True)):
         split = [axis for axis in mesh_axes(logical) if mesh.shape[axis] > 1]
         ways = axis_size(mesh, logical)
         if size % ways:
+            near = ", ".join(str(n) for n in range(1, 2 * ways) if size % n == 0)
             raise ValueError(
                 f"weight {name}: dim {dim} ({logical}) = {size} is not a multiple of "
-                f"mesh axis {' x '.join(split)} = {ways}"
+                f"mesh axis {' x '.join(split)} = {ways}; near that, it can be {near}"
             )
     return NamedSharding(mesh, spec(logical_axes))
 
