@@ -51,9 +51,17 @@ def total_bytes(found: list[Collective]) -> dict[str, int]:
     return dict(totals)
 
 
-def total_counts(found: list[Collective]) -> dict[str, int]:
-    """Instructions by kind, however often each runs."""
-    return dict(collections.Counter(one.kind for one in found))
+def summary(found: list[Collective]) -> list[dict]:
+    """Those of one kind, group and number of times together: how many instructions they are, and
+    the bytes of each time."""
+    lines = collections.defaultdict(list)
+    for one in found:
+        lines[one.kind, one.group, one.times].append(one.bytes)
+    return [
+        {"kind": kind, "group": group, "times": times, "instructions": len(sizes),
+         "bytes": sum(sizes)}
+        for (kind, group, times), sizes in sorted(lines.items())
+    ]  # fmt: skip
 
 
 def _read(text: str):
@@ -126,14 +134,17 @@ def _group_size(line: str) -> int:
     """Devices that take part together; a permutation has pairs.
 
     Three ways of writing: replica_groups={{0,1},{2,3}}, [groups,size]<=[...], and
-    mesh['a'=2,'b'=4] {'b'}, where an axis may be a part of one: 'b':(2)2, of size 2.
+    mesh['a'=2,'b'=4] {'b'} or mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, where an axis may
+    be a part of one: 'b':(2)2, of size 2. Raises ValueError for another.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part) if part else sizes[axis] for axis, part in named)
-    return 2
+    if "source_target_pairs=" in line:
+        return 2
+    raise ValueError(f"a collective with no groups: {line.strip()}")

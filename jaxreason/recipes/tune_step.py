@@ -114,7 +114,7 @@ def compiled(step: Step) -> dict:
         "alias_bytes": memory.alias_size_in_bytes,
         "host_temp_bytes": memory.host_temp_size_in_bytes,
         "collective_bytes": hlo.total_bytes(found),
-        "collective_counts": hlo.total_counts(found),
+        "collectives": hlo.summary(found),
     }
 
 

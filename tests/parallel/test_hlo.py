@@ -34,7 +34,8 @@ def test_a_gather_in_a_loop_counts_once_a_trip():
     assert hlo.total_bytes(found)["all-gather"] == LAYERS * matrix
     sums = [one for one in found if one.kind in ("all-reduce", "reduce-scatter")]
     assert sum(one.bytes * one.times for one in sums) == LAYERS * matrix
-    assert hlo.total_counts(found)["all-gather"] == 1
+    gathered = dict(kind="all-gather", group=8, times=LAYERS, instructions=1, bytes=matrix)
+    assert gathered in hlo.summary(found)
 
 
 # As XLA writes them for GPUs: asynchronous, several operands combined, groups in three notations.
@@ -50,6 +51,8 @@ LINES = {
     "source_target_pairs={{0,1},{1,0}}": Collective("collective-permute", 2 * 8 * 128, 2, 1),
     "%c = f32[4352]{0} all-reduce-start(%w), replica_groups=mesh['a'=2,'b'=8] {'a','b':(2)4}":
         Collective("all-reduce", 4 * 4352, 8, 1),
+    "%d = f32[64]{0} all-reduce(%w), replica_groups=mesh['a'=1,'b'=4,'c'=8], "
+    "device_ids=([4,8]T(1,0)) {'c'}, to_apply=%add": Collective("all-reduce", 4 * 64, 8, 1),
 }  # fmt: skip
 
 
