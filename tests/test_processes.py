@@ -6,6 +6,7 @@ contract of resuming elsewhere; observed 2e-7.
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -109,13 +110,22 @@ def test_what_a_killed_run_saved_goes_on(tmp_path):
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-5)
 
 
-def test_a_mistake_is_one_line_in_all(tmp_path):
-    with started(tmp_path / "run", 2, "--config.data.num_shards=1") as processes:
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        (
+            "--config.data.num_shards=1",
+            "data.num_shards is 1, but process 0 of 2 .*a multiple of 2",
+        ),
+        ("--config=generate", "recipe is 'generate' and there are 2 processes; .*number=1"),
+    ],
+)
+def test_a_mistake_is_one_line_in_all(tmp_path, flag, says):
+    with started(tmp_path / "run", 2, flag) as processes:
         assert processes.codes(MINUTE) == [2, 2]
         for i in range(2):
             lines = [x for x in processes.says(i).splitlines() if x.startswith("error:")]
-            assert len(lines) == 1 and "data.num_shards is 1, but process 0 of 2" in lines[0]
-            assert "a multiple of 2" in lines[0]
+            assert len(lines) == 1 and re.search(says, lines[0]), lines
 
 
 @pytest.mark.slow
