@@ -56,7 +56,8 @@ grouped_matmul.defvjp(_forward, _backward)
 def check(implementation: str, dtype: jnp.dtype = jnp.bfloat16) -> None:
     """Runs an implementation on this machine's devices, gradients too, beside float32 sums.
 
-    Raises ValueError with both numbers where they differ by more than `dtype` rounds.
+    Raises ValueError with both numbers where they differ by more than `dtype` rounds, and with the
+    compiler's words where it cannot run here.
     """
     sizes_E = jnp.array([130, 0, 70, 1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -69,7 +70,13 @@ def check(implementation: str, dtype: jnp.dtype = jnp.bfloat16) -> None:
         out_XO, pullback = jax.vjp(product, x_XI, w_EIO)
         return out_XO, *pullback(dout_XO)
 
-    got = jax.jit(functools.partial(run, implementation, dtype))()
+    try:
+        got = jax.block_until_ready(jax.jit(functools.partial(run, implementation, dtype))())
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"mesh.experts = {implementation} does not run here ({why}); choose mesh.experts = loop"
+        ) from error
     with jax.default_matmul_precision("highest"):
         want = jax.jit(functools.partial(run, "loop", jnp.float32))()
     for name, ours, true in zip(("output", "gradient of x", "gradient of w"), got, want):

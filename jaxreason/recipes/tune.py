@@ -250,7 +250,7 @@ def _what_would_work(request: Request, refused: list[str]) -> str:
     legal = legal_shapes(free, workload(free))
     works = {axis: sorted({shape[axis] for shape in legal}) for axis, _ in request.fixed}
     hint = "; ".join(f"{axis} may be {', '.join(map(str, sizes))}" for axis, sizes in works.items())
-    return f"{refused[0]}; {hint}"
+    return f"{refused[0].partition(';')[0]}; {hint}"
 
 
 # --- reject ---------------------------------------------------------------------------------------

@@ -90,6 +90,12 @@ def test_a_kernel_that_is_wrong_is_refused_with_both_numbers(monkeypatch):
         grouped.check("interpret", jnp.bfloat16)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the kernel may run")
+def test_a_kernel_that_does_not_run_here_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"mesh.experts = pallas does not run here \(.*interpret"):
+        grouped.check("pallas")
+
+
 def test_tiles_that_cannot_be_are_named():
     with pytest.raises(ValueError, match=r"Tiles.inner is 24; it must be a power of two of at lea"):
         grouped_pallas.Tiles(inner=24)
