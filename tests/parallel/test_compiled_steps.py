@@ -1,0 +1,111 @@
+"""The real train steps of real models, compiled for machines that are not here: they fit, copy
+nothing that they were given, and exchange what docs/collectives.md says, line by line."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import pathlib
+import re
+
+import jax
+import pytest
+
+from jaxreason.model.config import PRESETS
+from jaxreason.parallel import chips
+from jaxreason.recipes import tune
+from jaxreason.recipes.tune_step import Step
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "collectives.md"
+PINNED = "0.10.2"  # of jax, whose compilers the page's tables are of
+
+# Heading of the page: (hosts, mesh, rows, length, microbatches, remat).
+STEPS = {
+    "qwen3-1.5b on 8 b200": (1, {"fsdp": 8}, 512, 4096, 4, "save_projections"),
+    "qwen3-1.5b on 64 b200": (8, {"data": 8, "fsdp": 8}, 1024, 4096, 1, "save_projections"),
+    "qwen3-1.5b on 8 h200": (1, {"data": 8}, 512, 4096, 8, "save_projections"),
+    "qwen3-1.5b on 64 v5p": (16, {"data": 4, "fsdp": 16}, 1024, 4096, 1, "full"),
+    "qwen3-8b on 8 b200": (1, {"fsdp": 8}, 512, 4096, 8, "save_attention"),
+    "qwen3-8b on 64 b200": (8, {"fsdp": 8, "context": 8}, 64, 32768, 1, "full"),
+    "qwen3-8b on 8 h200": (1, {"fsdp": 2, "tensor": 4}, 512, 4096, 8, "full"),
+    "qwen3-8b on 64 v5p": (16, {"fsdp": 16, "tensor": 4}, 1024, 4096, 2, "full"),
+    "qwen3-30b-a3b on 8 b200": (1, {"expert": 8}, 512, 4096, 8, "full"),
+    "qwen3-30b-a3b on 64 b200": (8, {"fsdp": 8, "expert": 8}, 1024, 4096, 2, "full"),
+    "qwen3-30b-a3b on 8 h200": (1, {"fsdp": 2, "expert": 4}, 512, 4096, 16, "full"),
+    "qwen3-30b-a3b on 64 v5p": (16, {"fsdp": 16, "expert": 4}, 1024, 4096, 2, "full"),
+}  # fmt: skip
+LIMIT = 1200.0  # seconds of a compilation, on a busy machine
+
+steps = pytest.mark.parametrize("name", STEPS)
+
+
+def step_of(name: str) -> Step:
+    hosts, mesh, rows, length, microbatches, remat = STEPS[name]
+    model, _, _, chip = name.split()
+    return Step(
+        chip, hosts, chips.chip(chip).links.per_host, dataclasses.asdict(PRESETS[model]), "fit",
+        rows, length, dict.fromkeys(tune.AXES, 1) | mesh, microbatches, remat,
+    )  # fmt: skip
+
+
+@functools.cache
+def compiled(name: str) -> dict:
+    """The figures of its step. Skips where the chip's compiler is not installed."""
+    platform = chips.chip(name.split()[-1]).platform
+    distribution = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}[platform]
+    if not any(importlib.metadata.distributions(name=distribution)):
+        pytest.skip(f"the compiler of {name.split()[-1]} is not here: pip install .[{platform}]")
+    figures = tune.run_step(step_of(name), "compile", LIMIT)
+    assert "error" not in figures, figures
+    return figures
+
+
+@pytest.mark.hardware_free
+@steps
+def test_it_fits_and_copies_nothing_that_it_was_given(name):
+    """Arguments and temporaries under the chip's memory; all of the state is donated and reused;
+    XLA never gathered an array for want of a better way."""
+    step, figures = step_of(name), compiled(name)
+    needed = figures["argument_bytes"] + figures["temp_bytes"]
+    assert needed < chips.chip(step.chip).memory
+    batch = 20 * step.rows * step.length / step.num_shards  # five numbers a token
+    state = figures["argument_bytes"] - batch
+    num_params = sum(w.size for w in tune.workload_of(PRESETS[name.split()[0]], 1, 1).weights)
+    assert state > 0.99 * 12 * num_params / split(step)
+    assert figures["alias_bytes"] > state - 2**20
+    assert figures["involuntary_rematerializations"] == 0
+
+
+def split(step: Step) -> int:
+    """The devices that share one copy of the weights."""
+    shape = step.shape
+    return shape["fsdp"] * shape["expert"] * shape["context"] * shape["tensor"]
+
+
+@pytest.mark.hardware_free
+@steps
+def test_it_exchanges_what_the_page_says(name):
+    if jax.__version__ != PINNED:
+        pytest.skip(f"the tables are of jax {PINNED}, this is {jax.__version__}")
+    found = [
+        (line["kind"], line["group"], line["times"], line["instructions"])
+        for line in compiled(name)["collectives"]
+    ]
+    assert sorted(found) == sorted(lines_of_the_page()[name]), "\n".join(map(str, found))
+
+
+@functools.cache
+def lines_of_the_page() -> dict[str, list[tuple]]:
+    """Heading -> (kind, devices, times, instructions) of each line; every one has its reason."""
+    tables, name = {}, ""
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("## "):
+            name = line[3:]
+        if row := re.fullmatch(r"\| ([a-z-]+) \| (\d+) \| (\d+) \| (\d+) \| (.+) \|", line):
+            kind, *numbers, why = row.groups()
+            assert len(why) > 10
+            tables.setdefault(name, []).append((kind, *map(int, numbers)))
+    return tables
+
+
+def test_the_page_has_every_step():
+    assert set(lines_of_the_page()) == set(STEPS)
