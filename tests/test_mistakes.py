@@ -151,6 +151,17 @@ def mesh_flags(**sizes: int) -> list[str]:
     return [f"--config.mesh.shape.{axis}={size}" for axis, size in sizes.items()]
 
 
+PROCESS_CONFIG = pathlib.Path(__file__).with_name("process_config.py")
+
+
+@pytest.mark.parametrize("recipe", ["fit", "rl"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_microbatches_below_one_are_one_line_and_exit_code_2(recipe, number, capsys):
+    flags = [f"--config={PROCESS_CONFIG}:{recipe}", f"--config.mesh.microbatches={number}"]
+    assert launch.main([*flags, "--workdir=new"]) == 2
+    assert_one_line(capsys.readouterr().err, (f"mesh.microbatches is {number}", "at least 1"))
+
+
 HEADS = [f"--config.model.{key}" for key in ("num_heads=3", "num_kv_heads=3", "vocab_size=264")]
 ON_EIGHT_DEVICES = {
     "more devices than there are": Mistake(

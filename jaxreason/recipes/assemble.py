@@ -108,7 +108,12 @@ def check_xla_options(mesh: ConfigDict) -> None:
 
 
 def device_mesh(mesh: ConfigDict) -> Mesh | None:
-    """The mesh of all devices; None where there is one device only, and nothing to lay out."""
+    """The mesh of all devices; None where there is one device only, and nothing to lay out.
+
+    Raises ValueError for a shape that cannot be, and for microbatches below 1.
+    """
+    if mesh.microbatches < 1:
+        raise ValueError(f"mesh.microbatches is {mesh.microbatches}; it must be at least 1")
     built = make_mesh(mesh.shape.to_dict())
     return built if built.size > 1 else None
 
