@@ -7,7 +7,9 @@ exchanges of activations do not. The constants are chips.Efficiency's, one set a
 that elementwise work moves are counted below.
 """
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
 from jaxreason.parallel import rules
 from jaxreason.parallel.chips import Chip
@@ -21,6 +23,9 @@ _SCORE_BYTES = {"forward": 14, "backward": 26}
 # bf16; and the head's fp32 gradient, read and written once a chunk of as many rows as it has
 # columns.
 _LOGIT_BYTES = 20 + 8
+# What a layer keeps of a weight's product; nothing needs that of w_down again.
+_PRODUCTS = {"wq": "qkv", "wk": "qkv", "wv": "qkv", "wo": "attention_projection",
+             "w_gate": "gate_up", "w_up": "gate_up"}  # fmt: skip
 _OPTIMIZER_BYTES = 32  # a weight and two moments read and written, the gradient read twice, fp32
 
 
@@ -42,12 +47,9 @@ def step_seconds(work: Workload, layout: Layout, chip: Chip) -> dict[str, float]
 
 def _matmul_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
     tokens = work.tokens / layout.num_devices  # every axis divides the work of a matmul
-    again = {"wq": "qkv", "wk": "qkv", "wv": "qkv", "wo": "attention_projection",
-             "w_gate": "gate_up", "w_up": "gate_up"}  # fmt: skip
     total = 0.0
     for weight in work.matrices:
-        name = weight.name.rsplit("/", 1)[-1]
-        flops = 8 if name in again and layout.recomputes(again[name]) else 6
+        flops = 8 if _again(weight, layout) else 6
         rows = layout.tokens(work) * work.met(weight) / weight.size * layout.ways("expert")
         narrow = min(*_sides(weight, layout), rows if weight.of_experts else layout.tokens(work))
         total += flops * work.met(weight) * tokens / _matmul_rate(chip, narrow)
@@ -55,6 +57,12 @@ def _matmul_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
     head = 6 * work.head_params * tokens / _matmul_rate(chip, narrow)
     score = 2 * sum(map(work.met, work.matrices)) * tokens / _matmul_rate(chip, work.embed_dim)
     return total + head + score * (bool(work.rollout) + _counts_load(work, layout))
+
+
+def _again(weight: Weight, layout: Layout) -> bool:
+    """Whether its product is computed again in the backward pass."""
+    kept_as = _PRODUCTS.get(weight.name.rsplit("/", 1)[-1])
+    return kept_as is not None and layout.recomputes(kept_as)
 
 
 def _counts_load(work: Workload, layout: Layout) -> bool:
@@ -116,71 +124,88 @@ def _memory_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
 
 
 def _collective_seconds(work: Workload, layout: Layout, chip: Chip) -> tuple[float, float]:
-    """(of weights and gradients, of activations) in a step."""
-    copies = 2 * exchange_seconds(chip, layout, ("data",), 4 * sum(map(layout.share, work.weights)))
-    weights = work.num_layers * _per_layer_weights(work, layout, chip)
-    weights += _table_seconds(work, layout, chip)
-    sums = 1 if layout.sums_once else layout.microbatches
-    per_layer = (
-        _tensor_seconds(work, layout, chip)
-        + _context_seconds(work, layout, chip)
-        + _expert_seconds(work, layout, chip)
-    )
-    return (
-        layout.microbatches * weights + sums * copies,
-        work.num_layers * layout.microbatches * per_layer,
-    )
+    """(what may hide, what does not) of the seconds of a step's collectives."""
+    seconds = {True: 0.0, False: 0.0}
+    for one in exchanges(work, layout):
+        once = exchange_seconds(chip, layout, one.axes, one.volume)
+        seconds[one.hides] += one.times * one.rounds * once
+    return seconds[True], seconds[False]
 
 
-def _table_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
-    """Embedding and head are gathered in fp32; their gradients are summed, one in fp32."""
-    axes, table = rules.mesh_axes("embed"), work.head_params / layout.ways("vocab")
-    gathers = 1 if work.tied else 2
-    return gathers * exchange_seconds(chip, layout, axes, 4 * table) + exchange_seconds(
-        chip, layout, axes, (4 + work.dtype_bytes) * table
-    )
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A collective: each device of those along `axes` gets `volume` bytes, so often in a step."""
+
+    axes: tuple[str, ...]
+    volume: float
+    times: float
+    hides: bool  # behind compute: weights and their gradients may
+    rounds: int = 1  # 2: a sum that all get, which is split and then gathered
 
 
-def _per_layer_weights(work: Workload, layout: Layout, chip: Chip) -> float:
-    """Gathered in both passes, and once more where the layer is computed again; gradients are
-    summed and split in fp32."""
-    gathers = 2 if layout.kept is None else 3
-    seconds = 0.0
+def exchanges(work: Workload, layout: Layout) -> list[Exchange]:
+    """All of a step; docs/collectives.md has them as XLA makes them. Those of one device, too."""
+    found = [*_weights(work, layout), *_stream(work, layout), *_of_experts(work, layout)]
+    ring = _ring_volume(work, layout)
+    found.append(Exchange(("context",), ring, work.num_layers * layout.microbatches, False))
+    return [one for one in found if math.prod(layout.shape.get(a, 1) for a in one.axes) > 1]
+
+
+def _weights(work: Workload, layout: Layout) -> Iterator[Exchange]:
+    """A layer's matrices are gathered in both passes, once more to compute what was not kept or to
+    count the experts' load; gradients are summed and split in fp32. The head is gathered in fp32,
+    an embedding of its own rounded; their gradients are summed likewise. Between copies of the
+    weights XLA keeps the sum for the end for the tables alone."""
+    times = layout.microbatches
     for split in {w.of_experts for w in work.matrices}:
         axes = rules.mesh_axes("expert_embed" if split else "embed")
         ways = math.prod(layout.shape.get(axis, 1) for axis in axes)
-        numbers = sum(layout.share(w) for w in work.matrices if w.of_experts is split)
-        numbers *= ways / work.num_layers
-        gathered = exchange_seconds(chip, layout, axes, work.dtype_bytes * numbers)
-        seconds += gathers * gathered + exchange_seconds(chip, layout, axes, 4 * numbers)
-    return seconds
+        volume = 0.0
+        for weight in (w for w in work.matrices if w.of_experts is split):
+            gathers = 2 + _counts_load(work, layout) + (not split and _again(weight, layout))
+            volume += (gathers * work.dtype_bytes + 4) * layout.share(weight) * ways
+        yield Exchange(axes, volume, times, True)
+    axes, table = rules.mesh_axes("embed"), work.head_params / layout.ways("vocab")
+    lookups = (not work.tied) + _counts_load(work, layout)
+    yield Exchange(axes, (4 + lookups * work.dtype_bytes) * table, times, True)
+    yield Exchange(axes, (4 + work.dtype_bytes) * table, times, True)
+    for of_layers, sums in ((True, 1 if layout.sums_once else times), (False, 1)):
+        copies = sum(layout.share(w) for w in work.weights if w.of_layers is of_layers)
+        yield Exchange(("data",), 4 * copies, sums, True, rounds=2)
 
 
-def _tensor_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
+def _stream(work: Workload, layout: Layout) -> Iterator[Exchange]:
     """The stream is gathered before attention and MLP and its sums split after, in both passes; and
-    where a layer is computed again, gathered again for the gradients of its weights."""
+    where a layer is computed again, gathered again for the gradients of its weights. The head
+    gathers it, and the embedding splits its sum. Of experts: `_of_experts`."""
     stream = work.dtype_bytes * layout.tokens(work) * work.embed_dim
-    times = 8 + 2 * (layout.kept is not None) + layout.recomputes("attention_projection")
-    return times * exchange_seconds(chip, layout, ("tensor",), stream)
+    branches = 1 if work.num_experts else 2
+    a_layer = 4 * branches + 2 * _counts_load(work, layout)
+    if layout.kept is not None:
+        a_layer += branches + layout.recomputes("attention_projection")
+    yield Exchange(("tensor",), stream, layout.microbatches * work.num_layers * a_layer, False)
+    yield Exchange(("tensor",), stream, 3 * layout.microbatches, False)
+    yield Exchange(("tensor",), stream, layout.microbatches, False, rounds=2)
 
 
-def _context_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
+def _ring_volume(work: Workload, layout: Layout) -> float:
     """Keys and values go once around in the forward pass; they and their gradients in the other."""
     ways = layout.shape.get("context", 1)
     heads = work.num_kv_heads / layout.ways("kv_heads")
     ring = ways * layout.tokens(work) * 2 * heads * work.head_dim
     forward = (2 if layout.recomputes("attention") else 1) * work.dtype_bytes
-    moved = ring * (forward + work.dtype_bytes + 4)  # gradients travel in fp32
-    return exchange_seconds(chip, layout, ("context",), moved)
+    return ring * (forward + work.dtype_bytes + 4)  # gradients travel in fp32
 
 
-def _expert_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
-    """Each chosen expert's copy of a token there and back, in both passes."""
+def _of_experts(work: Workload, layout: Layout) -> Iterator[Exchange]:
+    """Peers gather each other's tokens and scatter what their experts give; in the backward pass
+    tokens once more, and the gradients of both. To count the load, forward alone once more."""
     if not work.num_experts:
-        return 0.0
-    rows = layout.tokens(work) * work.experts_per_token * work.embed_dim
-    passes = 3 if layout.recomputes("gate_up") else 2
-    return 2 * passes * exchange_seconds(chip, layout, ("expert",), work.dtype_bytes * rows)
+        return
+    tokens = layout.ways("expert") * layout.tokens(work) * work.embed_dim * work.dtype_bytes
+    passes = 5 + 2 * _counts_load(work, layout)
+    times = layout.microbatches * work.num_layers * passes
+    yield Exchange(("expert", "tensor"), tokens, times, False)
 
 
 def exchange_seconds(chip: Chip, layout: Layout, axes: tuple[str, ...], volume: float) -> float:

@@ -5,15 +5,15 @@ import dataclasses
 import functools
 import importlib.metadata
 import pathlib
-import re
 
 import jax
 import pytest
 
 from jaxreason.model.config import PRESETS
-from jaxreason.parallel import chips
+from jaxreason.parallel import chips, step_time
+from jaxreason.parallel.workload import Layout
 from jaxreason.recipes import tune
-from jaxreason.recipes.tune_step import Step
+from jaxreason.recipes.tune_step import Step, execution
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "collectives.md"
 PINNED = "0.10.2"  # of jax, whose compilers the page's tables are of
@@ -87,25 +87,44 @@ def test_it_exchanges_what_the_page_says(name):
     if jax.__version__ != PINNED:
         pytest.skip(f"the tables are of jax {PINNED}, this is {jax.__version__}")
     found = [
-        (line["kind"], line["group"], line["times"], line["instructions"])
+        (line["kind"], line["group"], line["times"], line["instructions"],
+         round(line["bytes"] * line["times"] / 1e9, 1))
         for line in compiled(name)["collectives"]
-    ]
+    ]  # fmt: skip
     assert sorted(found) == sorted(lines_of_the_page()[name]), "\n".join(map(str, found))
 
 
 @functools.cache
 def lines_of_the_page() -> dict[str, list[tuple]]:
-    """Heading -> (kind, devices, times, instructions) of each line; every one has its reason."""
+    """Heading -> (kind, devices, times, instructions, GB) of each; every line has its reason."""
     tables, name = {}, ""
     for line in PAGE.read_text().splitlines():
         if line.startswith("## "):
             name = line[3:]
-        if row := re.fullmatch(r"\| ([a-z-]+) \| (\d+) \| (\d+) \| (\d+) \| (.+) \|", line):
-            kind, *numbers, why = row.groups()
-            assert len(why) > 10
-            tables.setdefault(name, []).append((kind, *map(int, numbers)))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and cells[1].isdigit():
+            kind, *numbers, size, why = cells
+            assert len(why) > 10, line
+            tables.setdefault(name, []).append((kind, *map(int, numbers), float(size)))
     return tables
 
 
 def test_the_page_has_every_step():
     assert set(lines_of_the_page()) == set(STEPS)
+
+
+# Where XLA does otherwise than the arithmetic says: keys and values go round a ring of eight seven
+# times; on one v5p layout matrices that were gathered to compute again are still there for backward.
+OTHERWISE = {"qwen3-8b on 64 b200": 0.12, "qwen3-1.5b on 64 v5p": 0.18}
+
+
+@steps
+def test_the_time_model_counts_the_bytes_that_are_exchanged(name):
+    """Those of the page, within 1 %."""
+    step, exchanged = step_of(name), sum(line[-1] for line in lines_of_the_page()[name]) * 1e9
+    kept = execution(step.chip, step.remat).kept
+    kept = None if kept is None else frozenset(kept)
+    work = tune.workload_of(PRESETS[name.split()[0]], step.rows, step.length)
+    found = step_time.exchanges(work, Layout(step.shape, step.microbatches, kept))
+    counted = sum(one.volume * one.times for one in found)
+    assert abs(counted / exchanged - 1) < OTHERWISE.get(name, 0.01)
