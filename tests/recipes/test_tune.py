@@ -48,7 +48,7 @@ def test_a_request_that_cannot_be_is_refused_with_what_could(changes, message):
 def test_an_axis_that_nothing_divides_over_says_what_would():
     """One key-value head over two devices."""
     request = Request(**{**ASKED, "model": "gemma-3-1b"}, fixed=(("tensor", 2),))
-    with pytest.raises(ValueError, match=r"kv_heads\) = 1 .* tensor = 2; .*; tensor may be 1$"):
+    with pytest.raises(ValueError, match=r"kv_heads\) = 1 .* tensor = 2; tensor may be 1$"):
         tune.candidates(request)
 
 
