@@ -114,7 +114,7 @@ def test_the_page_has_every_step():
 
 
 # Where XLA does otherwise than the arithmetic says: keys and values go round a ring of eight seven
-# times; on one v5p layout matrices that were gathered to compute again are still there for backward.
+# times; on one v5p layout matrices gathered to compute again are there for the backward pass too.
 OTHERWISE = {"qwen3-8b on 64 b200": 0.12, "qwen3-1.5b on 64 v5p": 0.18}
 
 
