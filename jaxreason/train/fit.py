@@ -131,11 +131,13 @@ def fit(
                 host = {"stage": job.stage, "step": done, "tokens": report.total_tokens}
                 items = {"state": state, "data": whole_state(job.pipeline), "host": host}
                 job.store.save(done, items, wait=last or stopping)
-                if stopping and not last:
-                    job.progress.say(f"{job.stage}: SIGTERM, saved step {done}")
-                    raise Terminated
+                if stopping:
+                    break
             elif config.validate_every and done % config.validate_every == 0:
                 report.validation(done, state)
+        if sign.agreed():  # after the last step too: no other stage begins
+            job.progress.say(f"{job.stage}: SIGTERM, saved step {done}")
+            raise Terminated
     job.progress.stop()
     return state, report.total_tokens
 

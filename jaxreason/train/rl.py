@@ -179,9 +179,11 @@ def train(
             stopping = sign.agreed()
             if last or stopping or done % config.save_every == 0:
                 save(done, rollouts.ahead(), wait=last or stopping)
-                if stopping and not last:
-                    job.progress.say(f"{job.stage}: SIGTERM, saved step {done}")
-                    raise Terminated
+            if stopping:
+                break
+        if sign.agreed():  # after the last step too: no other stage begins
+            job.progress.say(f"{job.stage}: SIGTERM, saved step {done}")
+            raise Terminated
     job.progress.stop()
     return state, host["tokens"]
 

@@ -148,6 +148,21 @@ def test_sigterm_saves_the_step_and_exits_143(tmp_path, data, uninterrupted):
     assert_same_run(run(tmp_path, data), tmp_path, uninterrupted)
 
 
+def test_sigterm_at_the_last_step_finishes_the_stage_and_exits_143(tmp_path, data, uninterrupted):
+    """No next stage is begun, and the same command finds this one whole."""
+
+    def told_to_stop(state, batch, frozen):
+        if state.step == STEPS - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return TRAIN_STEP(state, batch, frozen)
+
+    with pytest.raises(Terminated):
+        run(tmp_path, data, train_step=told_to_stop)
+    with Store(tmp_path / "checkpoints", keep=10) as store:
+        assert store.latest() == STEPS
+    assert_same_run(run(tmp_path, data), tmp_path, uninterrupted)
+
+
 def test_a_finished_run_trains_no_further(tmp_path, data):
     run(tmp_path, data, steps=2, save_every=2)
 

@@ -227,6 +227,21 @@ def test_sigterm_in_a_rollout_saves_and_exits_143(tmp_path, uninterrupted, async
     assert_same_run((run(tmp_path, asynchronous=asynchronous), tmp_path), whole)
 
 
+def test_sigterm_at_the_last_step_finishes_the_stage_and_exits_143(tmp_path, uninterrupted):
+    """In its last update: no next stage is begun, and the same command finds this one whole."""
+    whole = uninterrupted[False]
+    (last_state, _), _ = whole
+
+    def told_to_stop(state, batch, frozen):
+        if state.step == last_state.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return TRAIN_STEP(state, batch, frozen)
+
+    with pytest.raises(Terminated):
+        run(tmp_path, train_step=told_to_stop)
+    assert_same_run((run(tmp_path), tmp_path), whole)
+
+
 @pytest.mark.parametrize("step, times", [(3, 1), (3, 2), (1, 2)])
 def test_no_complete_draw_is_sampled_again(tmp_path, step, times):
     """SIGTERM in the second draw of a step, then in the third: each resumes where the last ended.
