@@ -12,11 +12,12 @@ The default run: 250 updates of 16 x 256 tokens with Muon on 2 CPU cores. docs/b
 validation bits per byte.
 
 :b200: Qwen3 shape with 24 layers, 1,519,230,976 parameters, 10.32 GFLOP a token (causal, 4,096).
-Batch 1,048,576 tokens (256 rows of 4,096, two microbatches of 16 rows a GPU), 90,000 updates =
-94.4B tokens, WSD schedule with the last 15 % in decay, learning rate 6e-4. At an expected 40 % MFU
-(not measured yet: this has only been lowered and compiled without the hardware) 94.4B tokens take
-about 38 hours. Put the mixture's files under $JAXREASON_DATA/pretrain/{web,math,code}/*.jsonl.gz
-and a tokenizer.json directory at $JAXREASON_DATA/tokenizer_qwen3.
+Batch 1,048,576 tokens (256 rows of 4,096), 90,000 updates = 94.4B tokens, WSD schedule with the
+last 15 % in decay, learning rate 6e-4. The mesh is the one that tools/tune_mesh.py finds fastest:
+predicted, not measured, 396,000 tokens/s (23 % MFU), so 66 hours; what binds is attention, which
+is `blockwise` (docs/scaling.md). Put the mixture's files under
+$JAXREASON_DATA/pretrain/{web,math,code}/*.jsonl.gz and a tokenizer.json directory at
+$JAXREASON_DATA/tokenizer_qwen3.
 """
 
 from ml_collections import ConfigDict
@@ -95,7 +96,7 @@ def _b200() -> ConfigDict:
     c.tokenizer.update(kind="hf", path="tokenizer_qwen3")
     c.model = defaults.model_config("qwen3-1.5b")
     c.mesh.shape.update(data=1, fsdp=-1)
-    c.mesh.update(microbatches=2, remat="full")
+    c.mesh.update(microbatches=4, remat="none")
     c.data.sources = {
         name: defaults.source(name=name, path=f"pretrain/{name}/*.jsonl.gz", text_field="text")
         for name in ("web", "math", "code")

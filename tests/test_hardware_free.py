@@ -17,7 +17,7 @@ from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel import chips, rules
 from jaxreason.parallel.mesh import make_mesh
-from jaxreason.recipes import assemble
+from jaxreason.recipes import assemble, tune
 from jaxreason.recipes import fit as fit_recipe
 from jaxreason.recipes.pipeline import stages_of
 from jaxreason.recipes.run import Run
@@ -79,12 +79,21 @@ def test_pretraining_on_b200_lowers_its_exact_step(tmp_path, monkeypatch):
     batch = abstract_batch(model.mesh, stage.data.rows, stage.data.length)
     lowered = job.train_step.lower(state, batch, None)
     text = lowered.as_text()
-    assert "tensor<256x4096xi32>" in text  # the whole batch, cut into two microbatches inside
-    assert "tensor<2x128x4096xi32>" in text
+    assert "tensor<256x4096xi32>" in text  # the whole batch, cut into four microbatches inside
+    assert "tensor<4x64x4096xi32>" in text
     assert "tensor<151936x2048xf32>" in text and "tensor<24x2048x6144xf32>" in text
-    assert "128x4096x151936" not in text  # no logits_BTV, of any type
+    assert "64x4096x151936" not in text  # no logits_BTV, of any type
     donated = [leaf.donated for leaf in jax.tree.leaves(lowered.args_info[0][0])]
     assert all(donated) and len(donated) > 30
+
+
+def test_pretraining_on_b200_has_the_mesh_that_the_tuner_finds():
+    config = launch.load_config("pretrain:b200")
+    request = tune.Request("b200", 1, "qwen3-1.5b", config.data.length, 2**20)
+    found = next(c for c in tune.candidates(request) if tune.fits(request, c))
+    assert {axis: n for axis, n in found.layout.shape.items() if n > 1} == {"fsdp": 8}
+    assert found.layout.microbatches == config.mesh.microbatches
+    assert found.remat == config.mesh.remat
 
 
 needs_cuda_plugin = pytest.mark.skipif(
