@@ -29,7 +29,8 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Of `compiled.as_text()`. A loop whose trips the compiler does not know counts once."""
+    """Of `compiled.as_text()`, those of more than one device. A loop whose trips the compiler does
+    not know counts once."""
     entry, own, calls = _read(text)
     times = collections.Counter({entry: 1})
     for name in _in_order(entry, calls):
@@ -39,7 +40,7 @@ def collectives(text: str) -> list[Collective]:
         dataclasses.replace(found, times=times[name])
         for name, instructions in own.items()
         for found in instructions
-        if times[name]
+        if times[name] and found.group > 1
     ]
 
 
@@ -67,6 +68,8 @@ def summary(found: list[Collective]) -> list[dict]:
 def _read(text: str):
     """(the entry's name, computation -> its collectives, computation -> [(called, trips)])."""
     entry, name, own, calls, limits = "", "", {}, {}, {}
+    everyone = re.search(r"num_partitions=(\d+)", text)
+    everyone = int(everyone[1]) if everyone else 1
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
         if head:
@@ -78,7 +81,7 @@ def _read(text: str):
         if found:
             # TPUs split a sum in a fusion of that name, with the sum inside it.
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else found[2]
-            one = _collective(line, found[1], found[2], bool(found[3]))
+            one = _collective(line, found[1], found[2], bool(found[3]), everyone)
             own[name].append(dataclasses.replace(one, kind=kind))
         if limit := _LIMIT.search(line):
             limits[name] = int(limit[1])
@@ -114,13 +117,13 @@ def _in_order(entry: str, calls) -> list[str]:
     return order[::-1]
 
 
-def _collective(line: str, result: str, kind: str, started: bool) -> Collective:
+def _collective(line: str, result: str, kind: str, started: bool, everyone: int) -> Collective:
     size = sum(
         _BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
         for dtype, dims in _SHAPE.findall(result)
         if dtype in _BYTES
     )
-    group = _group_size(line)
+    group = _group_size(line) or everyone
     if kind == "all-gather" and started:  # the operand is part of the result's tuple
         size = size * group // (group + 1)
     elif kind == "collective-permute" and started:
@@ -131,12 +134,14 @@ def _collective(line: str, result: str, kind: str, started: bool) -> Collective:
 
 
 def _group_size(line: str) -> int:
-    """Devices that take part together; a permutation has pairs.
+    """Devices that take part together; a permutation has pairs. 0 where none are named: all.
 
     Three ways of writing: replica_groups={{0,1},{2,3}}, [groups,size]<=[...], and
     mesh['a'=2,'b'=4] {'b'} or mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, where an axis may
     be a part of one: 'b':(2)2, of size 2. Raises ValueError for another.
     """
+    if "replica_groups={}" in line:
+        return 0
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):

@@ -53,13 +53,18 @@ LINES = {
         Collective("all-reduce", 4 * 4352, 8, 1),
     "%d = f32[64]{0} all-reduce(%w), replica_groups=mesh['a'=1,'b'=4,'c'=8], "
     "device_ids=([4,8]T(1,0)) {'c'}, to_apply=%add": Collective("all-reduce", 4 * 64, 8, 1),
+    "%e = f32[64]{0} all-reduce(%w), replica_groups={}, to_apply=%add":
+        Collective("all-reduce", 4 * 64, 32, 1),
+    "%f = f32[64]{0} all-reduce(%w), replica_groups={{0},{1}}, to_apply=%add": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("= ")[1][:24])
 def test_a_line(line):
-    text = f"ENTRY %main (x: f32[2]) -> f32[2] {{\n  {line}\n}}\n"
-    assert hlo.collectives(text) == [LINES[line]]
+    head = "HloModule step, num_partitions=32\n"
+    text = f"{head}ENTRY %main (x: f32[2]) -> f32[2] {{\n  {line}\n}}\n"
+    want = LINES[line]  # None: of one device, which exchanges nothing
+    assert hlo.collectives(text) == ([] if want is None else [want])
 
 
 def test_a_loop_and_a_split_sum_as_tpus_have_them():
