@@ -63,8 +63,8 @@ def _run(argv: list[str]) -> int:
     """The exit code. Raises what is no mistake of the user's."""
     try:
         config, folder = read_command(argv)
-        set_up_jax(config)
         importlib.import_module("jaxreason.recipes.defaults").check_keys(config)
+        set_up_jax(config)
         recipe = importlib.import_module(f"jaxreason.recipes.{RECIPES[config.recipe]}")
         recipe.run(config, folder)
     except (ValueError, RuntimeError) as error:
@@ -77,8 +77,9 @@ def _run(argv: list[str]) -> int:
             traceback.print_exc()
         if not lost:
             return 2
-        print("another process ended; the newest checkpoint is whole: run the same command again "
-              "in all", file=sys.stderr)  # fmt: skip
+        if hosts.several():  # else they have never met
+            print("another process ended; the newest checkpoint is whole: run the same command "
+                  "again in all", file=sys.stderr)  # fmt: skip
         return 1
     return 0
 
@@ -183,7 +184,7 @@ def _parse(key: str, text: str, wanted: type) -> object:
 
 
 def set_up_jax(config: ConfigDict) -> None:
-    """What must be said before the first device is touched."""
+    """What must be said before the first device is touched. Raises ValueError, or LostPeer."""
     keep_freed_memory()
     if config.run.deterministic:
         flag = "--xla_gpu_deterministic_ops=true"
@@ -191,9 +192,12 @@ def set_up_jax(config: ConfigDict) -> None:
     import jax
 
     given = config.run.processes.to_dict()
-    heartbeat = given.pop("heartbeat")
+    limits = {name: given.pop(name) for name in ("heartbeat", "patience")}
+    for name, seconds in limits.items():
+        if seconds < 1:
+            raise ValueError(f"run.processes.{name} is {seconds}; it must be at least 1")
     if (processes := launchers.detect(os.environ, **given)) is not None:
-        hosts.connect(processes, heartbeat)
+        hosts.connect(processes, **limits)
     if config.run.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.path.expanduser(config.run.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", folder)

@@ -26,8 +26,19 @@ class Processes(list):
 
 
 @contextlib.contextmanager
-def started(workdir: pathlib.Path, number: int, *flags: str, recipe: str = "fit", devices: int = 2):
-    """`number` processes of `devices` each; whatever is left of them at the end is killed."""
+def started(
+    workdir: pathlib.Path,
+    number: int,
+    *flags: str,
+    recipe: str = "fit",
+    devices: int = 2,
+    come: int | None = None,
+):
+    """`number` processes of `devices` each; whatever is left of them at the end is killed.
+
+    Args:
+      come: so many of them are really started.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -35,7 +46,7 @@ def started(workdir: pathlib.Path, number: int, *flags: str, recipe: str = "fit"
                f"--workdir={workdir}", *flags]  # fmt: skip
     processes = Processes()
     try:
-        for i in range(number):
+        for i in range(number if come is None else come):
             # Several processes on CPU keep no compiled programs: as little to compile as may be.
             flags = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
             environ = launch_env() | flags | {"JAX_NUM_CPU_DEVICES": str(devices)}

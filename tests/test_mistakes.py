@@ -61,6 +61,8 @@ def place(tmp_path_factory) -> Place:
         "    return c", "    c.data.sources.pairs.promt_field = 'q'\n    return c"
     )
     (path / "misspelt.py").write_text(misspelt)
+    beat = "    c.run.processes = {**c.run.processes.to_dict(), 'heartbeet': 9}\n    return c"
+    (path / "heartbeet.py").write_text(CONFIG.replace("    return c", beat))
     (path / "pairs.jsonl").write_text("\n".join(LINES) + "\n")
     (path / "a_file").write_text("")
     place = Place(path)
@@ -92,6 +94,14 @@ MISTAKES = {
     "a key of the config file that nothing reads": Mistake(
         lambda p: [f"--config={p.path / 'misspelt.py'}"],
         ("config.data.sources.pairs has a key 'promt_field'", "did you mean 'prompt_field'?"),
+    ),
+    "a key that only several processes would read": Mistake(
+        lambda p: [f"--config={p.path / 'heartbeet.py'}"],
+        ("config.run.processes has a key 'heartbeet'", "did you mean 'heartbeat'?"),
+    ),
+    "a heartbeat that would end healthy processes": Mistake(
+        lambda p: p.command("--config.run.processes.heartbeat=-5"),
+        ("run.processes.heartbeat is -5", "at least 1"),
     ),
     "wrong type": Mistake(
         lambda p: p.command("--config.train.steps=many"),

@@ -99,6 +99,16 @@ def test_a_killed_process_ends_the_others(tmp_path):
     assert list(state["shards"]) == ["0", "1", "2", "3"]
 
 
+def test_a_process_that_never_comes_is_named_by_the_others(tmp_path):
+    flag = "--config.run.processes.patience=12"  # both have started by then, on a busy machine
+    with started(tmp_path / "run", 3, flag, come=2) as processes:
+        assert processes.codes(MINUTE) == [1, 1]
+        for i in range(2):
+            (line,) = processes.says(i).splitlines()
+            assert line.startswith(f"error: process {i} of 3") and "at localhost:" in line
+            assert line.endswith("2 of 3 came, missing is process 2")
+
+
 @pytest.mark.slow
 def test_what_a_killed_run_saved_goes_on(tmp_path):
     whole, workdir = run(tmp_path / "whole", 1, devices=4), tmp_path / "run"

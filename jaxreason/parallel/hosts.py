@@ -27,8 +27,9 @@ import numpy as np
 from jax._src import distributed  # its client is JAX's, and Orbax's, only way to wait with a limit
 from jax.sharding import Mesh, NamedSharding
 
-from jaxreason.parallel import rules
+from jaxreason.parallel import meeting, rules
 from jaxreason.parallel.launchers import Processes
+from jaxreason.parallel.meeting import LostPeer
 
 WAIT = 3600.0  # seconds: the longest that the slowest process may take over one thing
 _LEAVING = 10.0  # seconds that a process which ends for a mistake waits for the others to see it
@@ -38,35 +39,27 @@ _counts: dict[str, itertools.count] = collections.defaultdict(itertools.count)  
 T = TypeVar("T")
 
 
-class LostPeer(RuntimeError):
-    """Another process ended, or did not come in time."""
-
-
 def connect(processes: Processes, heartbeat: int = 30, patience: int = 300) -> None:
     """Joins the other processes; before any device is touched.
 
     Args:
       heartbeat: seconds of silence after which a process counts as dead and the others end.
       patience: seconds in which all must have started.
-    Raises LostPeer where they have not.
+    Raises LostPeer where they have not, and ValueError where process 0 cannot listen.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        jax.distributed.initialize(
-            processes.coordinator,
-            processes.number,
-            processes.index,
-            local_device_ids=processes.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=patience,
-            heartbeat_timeout_seconds=heartbeat,
-            shutdown_timeout_seconds=heartbeat,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise LostPeer(
-            f"process {processes.index} of {processes.number} ({processes.launcher}) did not meet "
-            f"the others at {processes.coordinator} within {patience} s: {_gist(error)}"
-        ) from error
+    # JAX aborts the process, with a trace of its own, where one of the others does not come.
+    meeting.meet(processes, patience)
+    jax.distributed.initialize(
+        processes.coordinator,
+        processes.number,
+        processes.index,
+        local_device_ids=processes.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=patience,
+        heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=heartbeat,
+    )
     if threading.current_thread() is threading.main_thread():
         # JAX's preemption notice has taken SIGTERM over; the loops here agree by themselves.
         signal.signal(signal.SIGTERM, handler)
@@ -226,11 +219,12 @@ class StopSign:
 
 
 def is_loss_of_peer(error: BaseException) -> bool:
-    """Whether an error of the devices' says that another process is gone."""
-    if not several():
-        return False
+    """Whether an error, of the devices' too, says that another process is gone."""
+    if isinstance(error, LostPeer):
+        return True
     signs = r"[Gg]loo|NCCL|Connection (reset|closed|refused)|Socket closed|heartbeat"
-    return isinstance(error, LostPeer) or re.search(signs, str(error)) is not None
+    found = isinstance(error, RuntimeError) and re.search(signs, str(error))
+    return several() and bool(found)
 
 
 def leave(code: int) -> None:

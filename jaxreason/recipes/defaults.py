@@ -80,6 +80,7 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                     "number": config_dict.placeholder(int),  # 1: this one alone, whatever it says
                     "index": config_dict.placeholder(int),  # of this process, from 0
                     "heartbeat": 30,  # seconds of silence after which one counts as dead
+                    "patience": 300,  # seconds in which all must have started
                 },
             },
             "log": {"every": 20},

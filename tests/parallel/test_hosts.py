@@ -4,6 +4,9 @@ What needs real processes is in tests/test_processes.py.
 """
 
 import dataclasses
+import socket
+import subprocess
+import sys
 import threading
 
 import jax
@@ -100,6 +103,58 @@ def test_alone_nothing_is_exchanged():
     assert not (sign.due(1) or sign.agreed() or sign.seen())
     asked.set()
     assert sign.due(1) and sign.agreed() and sign.seen()
+
+
+def test_a_mistake_that_speaks_of_heartbeats_is_no_loss(monkeypatch):
+    lost = jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection reset by peer")
+    mistake = ValueError("run.processes.heartbeat is -5; it must be at least 1")
+    assert not hosts.is_loss_of_peer(lost)  # alone there is no peer to lose
+    assert hosts.is_loss_of_peer(hosts.LostPeer("process 1 did not come"))
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    assert hosts.is_loss_of_peer(lost) and not hosts.is_loss_of_peer(mistake)
+
+
+# Process 1 comes once, and then no more.
+PAIR = """
+import sys, threading, time
+from jaxreason.parallel import hosts
+from jaxreason.parallel.launchers import Processes
+
+index = int(sys.argv[1])
+hosts.connect(Processes(sys.argv[2], 2, index), patience=60)
+assert hosts.exchange("here", b"%d" % index) == [b"0", b"1"]
+hosts.WAIT = 1.5
+if index:
+    time.sleep(60)
+for name, wait in {
+    "exchange": lambda: hosts.exchange("x", b""),
+    "to_first": lambda: hosts.to_first("x", b""),
+    "told": lambda: hosts.told(lambda: 1),
+    "agreed": hosts.StopSign("loop", threading.Event()).agreed,
+}.items():
+    began = time.monotonic()
+    try:
+        wait()
+    except hosts.LostPeer as error:
+        print(name, time.monotonic() - began < 5, error)
+hosts.os._exit(0)
+"""
+
+
+def test_a_process_that_does_not_come_is_waited_for_no_longer_than_the_limit():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    start = lambda i: subprocess.Popen(
+        [sys.executable, "-c", PAIR, str(i), address], stdout=subprocess.PIPE, text=True
+    )
+    with start(1) as absent, start(0) as waits:
+        said = waits.communicate()[0].splitlines()
+        absent.kill()
+    assert [line.split()[:2] for line in said] == [
+        [name, "True"] for name in ("exchange", "to_first", "told", "agreed")
+    ]
+    assert all("process 0 waited for the others (" in line for line in said)
 
 
 def test_completions_travel_unchanged():
