@@ -5,9 +5,10 @@
 
 Every layout that the model divides over is weighed by arithmetic; the real train step of the best
 is compiled for the chip, without one, for its memory and collectives. Speed is predicted
-(parallel/cost.py has the model and its constants). Compiled figures are kept: run again to go on.
---measure times the best on the devices of this machine. The winner is written as a config for
-`launch`. Needs the compiler of the chip: pip install .[cuda] or .[tpu]; --compile=0 needs none.
+(parallel/step_time.py has the model, parallel/chips.py its constants). Compiled figures are kept:
+run again to go on. --measure times the best on the devices of this machine. The winner is written
+as a config for `launch`. Needs the compiler of the chip: pip install .[cuda] or .[tpu]; --compile=0
+needs none.
 
   python tools/tune_mesh.py --tables=docs/scaling.md     makes its tables, or goes on with them
 
@@ -18,8 +19,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # no installation needed
@@ -29,8 +32,9 @@ import rich.console
 import rich.progress
 import rich.table
 
-from jaxreason.recipes import tune, tune_files, tune_tables
-from jaxreason.recipes.tune import Candidate, Request
+from jaxreason.recipes import tune, tune_files, tune_request, tune_tables
+from jaxreason.recipes.tune import Candidate
+from jaxreason.recipes.tune_request import Request
 
 _SHOWN = 12  # rows of the table
 _MEASURED = 3
@@ -41,23 +45,27 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # the accelerator is for the processes that measure
     console = rich.console.Console(stderr=True, highlight=False)
     try:
+        _check(args)
         compiler = tune.Compiler(args.cache.expanduser(), args.processes, args.limit)
         if args.tables:
             say = lambda line: console.print(line, markup=False)
             tune_tables.make(args.tables, compiler, args.compile, say)
             return 0
         request = _request(args)
+        if args.measure:
+            tune.check_devices(request, args.limit)
         with _progress(console, args.compile) as on_done:
             found, considered = tune.search(request, compiler, args.compile, on_done)
         measured = _measure(request, found, args, console) if args.measure else {}
         tune_files.write_config(request, found[0], args.out)
-        console.print(tune_files.check(args.out, request.num_devices), markup=False)
+        taken = tune_files.check(args.out, request.num_devices)
+        console.print(taken, markup=False, soft_wrap=True)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     width = None if sys.stdout.isatty() else 160
     rich.console.Console(width=width).print(_table(request, found, considered, measured))
-    print(f"python -m jaxreason.launch --config={args.out}")
+    print(tune_files.command(request, args.out))
     if args.json:
         args.json.write_text(json.dumps(_record(request, found, considered, measured), indent=2))
     return 0
@@ -67,14 +75,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--chip", help="b200, h200, h100, v5e, v5p, v6e or cpu")
+    add("--chip", help=", ".join(tune_request.CHIPS))
     add("--hosts", type=int, default=1)
     add("--devices-per-host", type=int, help="default: as the chip is sold, 8 GPUs or 4 TPUs")
     add("--model", help="a preset or a Hugging Face directory")
     add("--sequence", type=int, help="tokens of a row")
     add("--tokens-per-step", type=int, help="of the global batch")
     add("--tokens", type=float, help="of the whole run, for its hours")
-    add("--recipe", default="pretrain", help=", ".join(tune.RECIPES))
+    add("--recipe", default="pretrain", help=", ".join(tune_request.RECIPES))
     add("--mesh", default="", metavar="AXIS=N,...", help="axes that are given")
     add("--compile", type=int, default=12, help="layouts to compile; 0: arithmetic alone")
     add("--processes", type=int, default=2, help="that compile at a time")
@@ -86,6 +94,33 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     cache = pathlib.Path("~/.cache/jaxreason/tune")
     add("--cache", type=pathlib.Path, default=cache, help="folder of compiled figures")
     return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for a number that cannot be, and where nothing can be written."""
+    for flag, least in (("processes", 1), ("compile", 0)):
+        if getattr(args, flag) < least:
+            raise ValueError(f"--{flag} is {getattr(args, flag)}; it must be at least {least}")
+    if not 0 < args.limit < math.inf:
+        raise ValueError(f"--limit is {args.limit:g}; it must be seconds, above 0 and finite")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json={args.json}: {args.json.parent} is no folder")
+    for flag in ("out", "json"):
+        path = getattr(args, flag)
+        if path and path.is_dir():
+            raise ValueError(f"--{flag}={path} is a folder; give a file")
+    if not args.tables:
+        _make_folder("--out", args.out.parent)
+    if args.compile:
+        _make_folder("--cache", args.cache.expanduser())
+
+
+def _make_folder(flag: str, folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{flag}: nothing can be written to {folder}: {error.strerror}") from error
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -5,7 +5,8 @@
   compile     the real train step of the best, each in its own process (recipes/tune_step.py)
   rank        by predicted speed, among those whose compiled memory fits
 
-recipes/tune_files.py writes what was found as a config, tools/tune_mesh.py is the command.
+recipes/tune_request.py has what is asked, recipes/tune_files.py writes what was found as a config,
+tools/tune_mesh.py is the command.
 """
 
 import concurrent.futures
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,83 +27,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from jaxreason.model.config import PRESETS, DecoderConfig
+from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import KEEPABLE, REMAT
 from jaxreason.parallel import chips, cost, hosts, rules
-from jaxreason.parallel.mesh import AXES, resolve_shape
-from jaxreason.parallel.workload import KEPT, Layout, Rollout, Weight, Workload
-from jaxreason.recipes import checkpoints
+from jaxreason.parallel.mesh import AXES
+from jaxreason.parallel.workload import KEPT, Layout, Weight, Workload
+from jaxreason.recipes.tune_request import Request
 from jaxreason.recipes.tune_step import Step, execution
 from jaxreason.report.summary import write_whole
 
-RECIPES = ("pretrain", "sft", "rl")
-# Of a chip's memory; the rest is the runtime's, NCCL's and fragmentation.
-USABLE = 0.92
 _POLICIES = ("none", *REMAT, "qkv+attention", "attention+gate_up")
 _A_MESH = 3  # candidates of one mesh among those that are compiled
 _SLACK = 1.15  # the arithmetic's tolerance: what it says does not fit by less may be compiled
 _ROUNDS = 3  # of compiling, until something fits
 _PACKAGE = pathlib.Path(__file__).parents[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is asked. Raises ValueError naming the flag, the value and what would work."""
-
-    chip: str
-    hosts: int
-    model: str  # a preset or a Hugging Face directory
-    sequence: int
-    tokens_per_step: int
-    tokens: float | None = None  # of the whole run
-    recipe: str = "pretrain"
-    devices_per_host: int | None = None  # None: as the chip is sold
-    fixed: tuple[tuple[str, int], ...] = ()  # mesh axes that are given
-
-    def __post_init__(self):
-        chips.chip(self.chip)
-        for name in ("hosts", "sequence", "tokens_per_step", "tokens", "devices_per_host"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {value:g}; it must be at least 1")
-        if self.recipe not in RECIPES:
-            raise ValueError(f"--recipe is {self.recipe!r}; it must be {', '.join(RECIPES)}")
-        if self.tokens_per_step % self.sequence:
-            below = self.tokens_per_step // self.sequence * self.sequence
-            near = " or ".join(str(n) for n in (below, below + self.sequence) if n)
-            raise ValueError(
-                f"--tokens-per-step is {self.tokens_per_step}, not a multiple of --sequence = "
-                f"{self.sequence}; {near} would be"
-            )
-        if chips.chip(self.chip).platform == "tpu":
-            chips.slice_topology(self.chip, self.hosts)
-        resolve_shape({**dict.fromkeys(AXES, 1), "data": -1, **dict(self.fixed)}, self.num_devices)
-
-    @property
-    def num_devices(self) -> int:
-        return self.hosts * (self.devices_per_host or chips.chip(self.chip).links.per_host)
-
-    @property
-    def rows(self) -> int:
-        return self.tokens_per_step // self.sequence
-
-    @functools.cached_property
-    def architecture(self) -> DecoderConfig:
-        if self.model in PRESETS:
-            return PRESETS[self.model]
-        if not pathlib.Path(self.model).is_dir():
-            raise ValueError(
-                f"--model is {self.model!r}, neither a preset nor a folder; presets: "
-                f"{', '.join(PRESETS)}"
-            )
-        return checkpoints.parse(self.model).architecture()
-
-    @property
-    def usable(self) -> float:
-        """Bytes of a device."""
-        return USABLE * chips.chip(self.chip).memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +85,7 @@ def workload(request: Request) -> Workload:
     """The numbers of the model and the batch that are asked for."""
     dtype_bytes = jnp.dtype(execution(request.chip, "none").dtype).itemsize
     work = workload_of(request.architecture, request.rows, request.sequence, dtype_bytes)
-    if request.recipe != "rl":
-        return work
-    quarter = request.sequence // 4  # of a row is its prompt; all rows are sampled at once
-    rollout = Rollout(request.rows, quarter, request.sequence - quarter)
-    return dataclasses.replace(work, rollout=rollout)
+    return dataclasses.replace(work, rollout=request.rollout)
 
 
 def workload_of(c: DecoderConfig, rows: int, length: int, dtype_bytes: int = 2) -> Workload:
@@ -182,21 +118,29 @@ def candidates(request: Request) -> list[Candidate]:
 
     Raises ValueError where no mesh is legal, with the first reason.
     """
-    work, chip = workload(request), chips.chip(request.chip)
-    found = []
+    work, found = workload(request), []
     for shape in legal_shapes(request, work):
         for microbatches in _cuts(request, shape):
             for remat in _POLICIES:
                 kept = execution(request.chip, remat).kept
                 kept = None if kept is None else frozenset(kept)
                 layout = Layout(shape, microbatches, kept)
-                found.append(Candidate(layout, remat, cost.estimate(work, layout, chip)))
+                found.append(Candidate(layout, remat, cost.estimate(work, layout, request.device)))
     return sorted(found, key=lambda c: (c.estimate.step_seconds, c.estimate.total_bytes))
 
 
 def legal_shapes(request: Request, work: Workload) -> list[dict[str, int]]:
     """Meshes of all devices that every weight and the batch divide over."""
-    legal, refused = [], []
+    refused: list[str] = []
+    legal = list(_legal(request, work, refused.append))
+    if not legal:
+        raise ValueError(_what_would_work(request, work, refused))
+    return legal
+
+
+def _legal(
+    request: Request, work: Workload, refuse: Callable[[str], None] = lambda why: None
+) -> Iterator[dict[str, int]]:
     for shape in _shapes(request, work):
         mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
         try:
@@ -204,17 +148,14 @@ def legal_shapes(request: Request, work: Workload) -> list[dict[str, int]]:
                 rules.sharding(mesh, weight.name, weight.shape, weight.axes)
             hosts.check_rows(mesh, request.rows, 1, 1)
         except ValueError as error:
-            refused.append(str(error))
+            refuse(str(error))
         else:
-            legal.append(shape)
-    if not legal:
-        raise ValueError(_what_would_work(request, refused))
-    return legal
+            yield shape
 
 
 def _shapes(request: Request, work: Workload) -> Iterator[dict[str, int]]:
     """Ways to split the devices over the axes. Tensor stays on fast links: beyond them it loses."""
-    fixed, island = dict(request.fixed), chips.chip(request.chip).links.island
+    fixed, island = dict(request.fixed), request.device.links.island
     for sizes in _factors(request.num_devices, len(AXES)):
         shape = dict(zip(AXES, sizes))
         useless = shape["expert"] > 1 and not work.num_experts
@@ -240,28 +181,49 @@ def _cuts(request: Request, shape: dict[str, int]) -> list[int]:
     return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def _what_would_work(request: Request, refused: list[str]) -> str:
+def _what_would_work(request: Request, work: Workload, refused: list[str]) -> str:
     if not refused:
         wanted = ", ".join(f"{axis}={size}" for axis, size in request.fixed)
         return f"--mesh={wanted}: no mesh of {request.num_devices} devices of {request.chip} has it"
-    if not request.fixed:
+    why = refused[0].partition(";")[0]
+    if request.fixed:
+        legal = legal_shapes(dataclasses.replace(request, fixed=()), work)
+        works = {axis: sorted({shape[axis] for shape in legal}) for axis, _ in request.fixed}
+        hint = (f"{axis} may be {', '.join(map(str, sizes))}" for axis, sizes in works.items())
+        return f"{why}; {'; '.join(hint)}"
+    near = _hosts_that_work(request, work)
+    if not near:
         return refused[0]
-    free = dataclasses.replace(request, fixed=())
-    legal = legal_shapes(free, workload(free))
-    works = {axis: sorted({shape[axis] for shape in legal}) for axis, _ in request.fixed}
-    hint = "; ".join(f"{axis} may be {', '.join(map(str, sizes))}" for axis, sizes in works.items())
-    return f"{refused[0].partition(';')[0]}; {hint}"
+    return f"--hosts is {request.hosts}: {why}; --hosts={' or '.join(map(str, near))} would do"
+
+
+def _hosts_that_work(request: Request, work: Workload) -> list[int]:
+    """The nearest numbers of hosts for which there is a mesh, below and above."""
+
+    def works(hosts: int) -> bool:
+        try:
+            other = dataclasses.replace(request, hosts=hosts)
+        except ValueError:  # no slice of that size
+            return False
+        return next(_legal(other, work), None) is not None
+
+    ways = (range(request.hosts - 1, 0, -1), range(request.hosts + 1, 2 * request.hosts + 1))
+    return [n for numbers in ways if (n := next(filter(works, numbers), None)) is not None]
 
 
 # --- reject ---------------------------------------------------------------------------------------
 
 
-def best(request: Request, found: Sequence[Candidate]) -> Iterator[Candidate]:
+def best(
+    request: Request, found: Sequence[Candidate], slack: float = _SLACK
+) -> Iterator[Candidate]:
     """Those worth compiling, fastest first: of one mesh a few, that may fit by arithmetic.
 
+    Args:
+      slack: how far beyond the memory the arithmetic may be.
     Raises ValueError, with what would work, where nothing may.
     """
-    fitting = [c for c in found if c.estimate.total_bytes <= _SLACK * request.usable]
+    fitting = [c for c in found if c.estimate.total_bytes <= slack * request.usable]
     if not fitting:
         raise ValueError(_does_not_fit(request))
     taken: dict[tuple, int] = {}
@@ -298,8 +260,7 @@ def _leanest(request: Request) -> tuple[float, Layout]:
         Layout(shape, _cuts(request, shape)[-1], frozenset())
         for shape in legal_shapes(request, work)
     ]
-    chip = chips.chip(request.chip)
-    total = lambda layout: sum(cost.memory_bytes(work, layout, chip).values())
+    total = lambda layout: sum(cost.memory_bytes(work, layout, request.device).values())
     least = min(layouts, key=total)
     return total(least), least
 
@@ -309,7 +270,10 @@ def _leanest(request: Request) -> tuple[float, Layout]:
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """Where steps are compiled: so many processes, each with a time limit; figures are kept."""
+    """Where steps are compiled: so many processes, each with a time limit.
+
+    Figures are kept; what failed is tried again.
+    """
 
     cache: pathlib.Path
     processes: int = 2
@@ -339,6 +303,8 @@ class Compiler:
         if path.exists():
             return json.loads(path.read_text())["figures"], True
         figures = run_step(step, "compile", self.limit_seconds)
+        if "error" in figures:
+            return figures, False
         self.cache.mkdir(parents=True, exist_ok=True)
         record = {"step": dataclasses.asdict(step), "figures": figures}
         write_whole(path, json.dumps(record, indent=1) + "\n")
@@ -346,11 +312,10 @@ class Compiler:
 
 
 def step_of(request: Request, candidate: Candidate) -> Step:
-    per_host = request.num_devices // request.hosts
     return Step(
         chip=request.chip,
         hosts=request.hosts,
-        devices_per_host=per_host,
+        devices_per_host=request.device.links.per_host,
         model=dataclasses.asdict(request.architecture),
         recipe="rl" if request.recipe == "rl" else "fit",
         rows=request.rows,
@@ -362,16 +327,16 @@ def step_of(request: Request, candidate: Candidate) -> Step:
 
 
 def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
-    """tune_step in a process of its own. What it could not do is {"error": the last line it said}.
+    """tune_step in a process of its own. What it could not do is {"error": why, in one line}.
 
     Args:
-      mode: compile, for devices that are not here, or measure.
+      mode: compile, for devices that are not here, or devices or measure, for those that are.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(_PACKAGE.parent), *filter(None, [environment.get("PYTHONPATH")])]
     )
-    if mode == "compile":
+    if mode == "compile" or step.chip == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
     if step.chip == "cpu":
         environment["JAX_NUM_CPU_DEVICES"] = str(step.hosts * step.devices_per_host)
@@ -384,9 +349,15 @@ def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
     except subprocess.TimeoutExpired:
         return {"error": f"not done in {limit_seconds:.0f} s"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+        return {"error": _why(done.stderr)}
     warned = done.stderr.lower().count("involuntary full rematerialization")
     return {**json.loads(done.stdout.splitlines()[-1]), "involuntary_rematerializations": warned}
+
+
+def _why(said: str) -> str:
+    """The error in what a process said; JAX ends with a note on the frames it left out."""
+    errors = re.findall(r"^[\w.]*Error: .*", said, re.MULTILINE)
+    return (errors or said.strip().splitlines() or ["no output"])[-1].removeprefix("ValueError: ")
 
 
 def _key(step: Step) -> str:
@@ -442,21 +413,31 @@ def search(
     nothing fits.
     """
     found = candidates(request)
-    promising = best(request, found)
     if not count:
-        return ranked(request, list(itertools.islice(promising, 20))), len(found)
+        return ranked(request, list(itertools.islice(best(request, found, 1.0), 20))), len(found)
+    promising = best(request, found)
     tried: list[Candidate] = []
     for _ in range(_ROUNDS):
         tried += compiler.run(request, itertools.islice(promising, count), on_done)
         if any(fits(request, c) for c in tried):
             return ranked(request, tried), len(found)
     errors = {c.figures["error"] for c in tried if not c.compiled}
-    least = min((c.bytes for c in tried if c.compiled), default=float("nan"))
+    least = min((c.bytes for c in tried if c.compiled), default=None)
+    if least is None:
+        raise ValueError(f"of the {len(tried)} layouts tried none compiled: {min(errors)}")
     raise ValueError(
         f"none of the {len(tried)} layouts that were compiled fits: the least takes "
         f"{least / 2**30:.1f} GiB a device of {request.usable / 2**30:.1f}"
         + (f"; {len(errors)} kinds of failures, one: {min(errors)}" if errors else "")
     )
+
+
+def check_devices(request: Request, limit_seconds: float) -> None:
+    """Raises ValueError where the devices of this machine are not what is asked."""
+    candidate = next(best(request, candidates(request)))
+    found = run_step(step_of(request, candidate), "devices", limit_seconds)
+    if "error" in found:
+        raise ValueError(f"--measure: {found['error']}")
 
 
 def measure(request: Request, candidate: Candidate, limit_seconds: float) -> dict:

@@ -1,13 +1,14 @@
 """One candidate of the tuner, in a process of its own: its train step, compiled or measured.
 
-  python -m jaxreason.recipes.tune_step compile|measure  < STEP.json  > FIGURES.json
+  python -m jaxreason.recipes.tune_step compile|devices|measure  < STEP.json  > FIGURES.json
 
 `compile` needs no accelerator: the plugin of the chip's compiler is enough. `measure` runs the step
-on the devices that there are.
+on the devices that there are, `devices` only sees that they are those of the step.
 """
 
 import dataclasses
 import json
+import math
 import sys
 import time
 
@@ -39,7 +40,7 @@ class Step:
     hosts: int
     devices_per_host: int
     model: dict  # fields of DecoderConfig
-    recipe: str  # pretrain | sft | rl
+    recipe: str  # fit | rl
     rows: int
     length: int
     shape: dict[str, int]  # of the mesh
@@ -48,8 +49,11 @@ class Step:
 
     @property
     def num_shards(self) -> int:
-        """A data shard for each block of rows, so that microbatches are cut within devices."""
-        return rules.axis_size(_Sizes(self.shape), "batch")
+        """A data shard for each block of rows, so that microbatches are cut within devices.
+
+        Reinforcement learning has no shards of data (recipes/rl.py).
+        """
+        return 1 if self.recipe == "rl" else rules.axis_size(_Sizes(self.shape), "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +129,21 @@ def _devices(step: Step) -> list[jax.Device]:
     return chips.absent_tpus(step.chip, step.hosts) if platform == "tpu" else jax.devices()
 
 
+def check_devices(step: Step) -> list[jax.Device]:
+    """The devices of this machine for the step; raises ValueError where they are not its."""
+    here, wanted = jax.devices(), math.prod(step.shape.values())
+    known = chips.detect(here[0])
+    name = known.name if known else here[0].platform
+    if name != step.chip:
+        raise ValueError(f"the devices here are {name} ({here[0].device_kind}), not {step.chip}")
+    if len(here) < wanted:
+        raise ValueError(f"{wanted} x {step.chip} are asked for, but there are {len(here)} here")
+    return here[:wanted]
+
+
 def measured(step: Step) -> dict:
     """Seconds of a step on the devices of this machine, random tokens, after the first."""
-    mesh = make_mesh(step.shape)
+    mesh = make_mesh(step.shape, check_devices(step))
     model, optimizer, train_step = build(step, mesh)
     state = state_lib.create(model, optimizer, jax.random.key(0))
     batch = _random_batch(step, mesh)
@@ -160,9 +176,16 @@ def _random_batch(step: Step, mesh: Mesh):
     return jax.tree.map(lambda s, x: jax.device_put(x.astype(s.dtype), s.sharding), shapes, filled)
 
 
+_MODES = {
+    "compile": compiled,
+    "devices": lambda step: {"devices": len(check_devices(step))},
+    "measure": measured,
+}
+
+
 def main() -> int:
     step = Step(**json.load(sys.stdin))
-    figures = {"compile": compiled, "measure": measured}[sys.argv[1]](step)
+    figures = _MODES[sys.argv[1]](step)
     print(json.dumps(figures))
     return 0
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from jaxreason.parallel import chips
 from jaxreason.recipes import tune
-from jaxreason.recipes.tune import Candidate, Compiler, Request
+from jaxreason.recipes.tune import Candidate, Compiler
+from jaxreason.recipes.tune_request import Request
 from jaxreason.report.summary import write_whole
 
 MODELS = ("qwen3-1.5b", "qwen3-1.7b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b")
@@ -22,6 +23,7 @@ MACHINES = (
     ("v5p-128 (64 chips)", "v5p", 16, 2**22),
 )
 SEQUENCE, TOKENS = 4096, (80e9, 100e9)
+_ARGUMENTS = ("weights and optimizer", "batch")  # of a step, among the parts of an estimate
 _BEGIN, _END = "<!-- made by tools/tune_mesh.py --tables -->", "<!-- end of what is made -->"
 _HEAD = ("mesh", "microbatches", "remat", "GiB", "by arithmetic", "tokens/s", "MFU", "binds",
          *(f"hours for {tokens / 1e9:g}B" for tokens in TOKENS))  # fmt: skip
@@ -116,7 +118,7 @@ def _command(request: Request) -> str:
 
 
 def _agreement(answers) -> str:
-    """How far the arithmetic of memory is from the compiler's, each miss listed."""
+    """How far the arithmetic of memory is from the compiler's, each miss with its reason."""
     misses = [
         (answer.request, candidate)
         for answer in answers
@@ -128,7 +130,25 @@ def _agreement(answers) -> str:
     lines = [text + f"{total} compiled layouts."]
     lines += [
         f"- {request.model} on {request.num_devices} {chips.chip(request.chip).name}, "
-        f"{candidate.label}: {candidate.disagreement:+.0%}"
+        f"{candidate.label}: {candidate.disagreement:+.0%}; {_reason(candidate)}"
         for request, candidate in misses
     ]
     return "\n".join(["### Arithmetic against the compiler", "", *lines])
+
+
+def _reason(candidate: Candidate) -> str:
+    """Which part of the arithmetic a miss is in: arguments or, of the rest, the largest."""
+    memory, figures = candidate.estimate.memory, candidate.figures
+    arguments = sum(memory[part] for part in _ARGUMENTS)
+    rest = {part: size for part, size in memory.items() if part not in (*_ARGUMENTS, "rollout")}
+    missed = {
+        "arguments": (arguments, figures["argument_bytes"]),
+        "temporaries": (sum(rest.values()), figures["temp_bytes"]),
+    }
+    where = max(missed, key=lambda name: abs(missed[name][0] - missed[name][1]))
+    ours, theirs = (size / 2**30 for size in missed[where])
+    text = f"{where} are {theirs:.1f} GiB, {ours:.1f} by arithmetic"
+    if where == "arguments":
+        return text
+    largest = max(rest, key=rest.get)
+    return f"{text}, most of it {largest} ({rest[largest] / 2**30:.1f})"

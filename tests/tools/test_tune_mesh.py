@@ -22,8 +22,9 @@ def test_by_arithmetic_alone(tmp_path, capsys):
     out, record = tmp_path / "tuned.py", tmp_path / "tuned.json"
     assert tune_mesh.main([*ASKED, "--compile=0", f"--out={out}", f"--json={record}"]) == 0
     said = capsys.readouterr()
-    assert "qwen3-1.5b: 1,519,230,976 parameters on" not in said.out and str(out) in said.out
+    assert str(out) in said.out and "parameters" not in said.out
     assert "1,519,230,976 parameters" in said.err  # launch has taken the config
+    assert "pretrain: 722,304 parameters" in said.err  # and its smoke size
     content = json.loads(record.read_text())
     assert content["considered"] >= 20 and content["request"]["tokens"] == 100e9
     best = content["candidates"][0]
@@ -38,6 +39,14 @@ def test_by_arithmetic_alone(tmp_path, capsys):
     [
         (["--chip=b300"], "chip is 'b300'; known chips: b200"),
         (["--tokens=0"], "--tokens is 0; it must be at least 1"),
+        (["--tokens=inf"], "--tokens is inf; it must be a finite number"),
+        (["--json=no_such_folder/x.json"], "no_such_folder is no folder"),
+        (["--out=/proc/no/x.py"], "--out: nothing can be written to /proc/no"),
+        (["--chip=h100", "--measure"], "--measure: the devices here are cpu (cpu), not h100"),
+        (["--processes=0"], "--processes is 0; it must be at least 1"),
+        (["--compile=-1"], "--compile is -1; it must be at least 0"),
+        (["--limit=0"], "--limit is 0; it must be seconds, above 0"),
+        (["--hosts=7"], "--hosts=4 or 8 would do"),
         (["--mesh=fsdp=9"], "8 devices are not a multiple of 9"),
         (["--mesh=tensor=16", "--hosts=2"], "mesh of 16 devices"),
         (["--model=gemma-3-1b", "--mesh=tensor=2"], "(kv_heads) = 1 is not a multiple of mesh"),
@@ -48,7 +57,8 @@ def test_by_arithmetic_alone(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
-    assert tune_mesh.main([*ASKED, *flags, "--compile=0", f"--out={tmp_path / 'x.py'}"]) == 2
+    asked = [*ASKED, "--compile=0", f"--out={tmp_path / 'x.py'}", *flags]
+    assert tune_mesh.main(asked) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     assert said.err.startswith("error: ") and message in said.err
