@@ -13,9 +13,11 @@ only one of its host, asks Kubernetes for rights, and ends in a time-out where v
 """
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Mapping
 
+DEVICES = pathlib.Path("/dev")
 PORT = 8482  # of the coordinator, where the launcher names no job whose number would give one
 _PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -139,7 +141,7 @@ def _needed(environ: Environ, name: str, launcher: str, why: str) -> int:
 def _local_devices(environ: Environ, found: _Found | None) -> tuple[int, ...] | None:
     """This process's devices of its host: an equal share, in order. None: all that it sees.
 
-    Raises ValueError where the visible GPUs do not divide.
+    Raises ValueError where its GPUs do not divide.
     """
     listed = environ.get("JAX_LOCAL_DEVICE_IDS")
     if listed:
@@ -152,16 +154,22 @@ def _local_devices(environ: Environ, found: _Found | None) -> tuple[int, ...] | 
     if per_host == 1:
         return None
     visible = environ.get("CUDA_VISIBLE_DEVICES")
-    count = per_host if visible is None else len([d for d in visible.split(",") if d])
+    count = gpus_of_host() if visible is None else len([d for d in visible.split(",") if d])
     if count <= 1:  # the launcher shows each process its own GPU, or there is none
         return None
     if count % per_host:
+        said = "not set" if visible is None else repr(visible)
         raise ValueError(
-            f"CUDA_VISIBLE_DEVICES is {visible!r}, {count} GPUs for {per_host} processes of one "
+            f"CUDA_VISIBLE_DEVICES is {said}, {count} GPUs for {per_host} processes of one "
             f"host; start a number of processes that divides {count}"
         )
     share = count // per_host
     return tuple(range(rank * share, (rank + 1) * share))
+
+
+def gpus_of_host() -> int:
+    """NVIDIA's, as the driver's device files say; JAX must not be asked before it is set up."""
+    return len(list(DEVICES.glob("nvidia[0-9]*")))
 
 
 # --- the launchers --------------------------------------------------------------------------------

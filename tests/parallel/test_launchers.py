@@ -9,6 +9,7 @@ RECORDED holds what a process finds, cut to the variables that matter: names and
 
 import pytest
 
+from jaxreason.parallel import launchers
 from jaxreason.parallel.launchers import Processes, detect
 
 SLURM = {
@@ -75,7 +76,10 @@ RECORDED = {
         Processes("dgx003:61444", 16, 11, (3,), "Slurm"),
     ),
     "open mpi 4": (OPEN_MPI_4, Processes("10.96.0.1:62624", 16, 9, (1,), "Open MPI")),
-    "open mpi 5, one host": (OPEN_MPI_5, Processes("localhost:8482", 2, 1, (1,), "Open MPI")),
+    "open mpi 5, one host": (
+        OPEN_MPI_5,
+        Processes("localhost:8482", 2, 1, (4, 5, 6, 7), "Open MPI"),
+    ),
     "open mpi in a slurm step": (
         SLURM | OPEN_MPI_4,
         Processes("10.96.0.1:62624", 16, 9, (1,), "Open MPI"),
@@ -99,10 +103,26 @@ RECORDED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def eight_gpus(monkeypatch, tmp_path):
+    """What the driver of the recorded hosts leaves in /dev."""
+    names = ["nvidiactl", "nvidia-uvm", "nvidia-caps", *[f"nvidia{i}" for i in range(8)]]
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(launchers, "DEVICES", tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_environment_is_understood(name):
     environ, expected = RECORDED[name]
     assert detect(environ) == expected
+
+
+def test_without_gpus_a_process_has_all_devices_that_it_sees(eight_gpus):
+    for file in eight_gpus.glob("nvidia?"):
+        file.unlink()
+    assert detect(OPEN_MPI_5).local_devices is None
 
 
 @pytest.mark.parametrize(
@@ -149,6 +169,10 @@ MISTAKES = {
     "gpus that do not divide": (
         SLURM_PER_GPU | {"CUDA_VISIBLE_DEVICES": "0,1,2"},
         r"'0,1,2', 3 GPUs for 8 processes",
+    ),
+    "gpus of the host that do not divide": (
+        OPEN_MPI_5 | {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"},
+        r"CUDA_VISIBLE_DEVICES is not set, 8 GPUs for 3 processes",
     ),
     "open mpi 5 on two hosts": (
         OPEN_MPI_5 | {"OMPI_COMM_WORLD_SIZE": "4"},
