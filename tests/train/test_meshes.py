@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny_models import packed_batch, tiny_model
 
@@ -141,6 +142,35 @@ def test_twenty_steps_are_those_of_one_device(experts, mesh, execution, microbat
     difference = np.abs(got - losses)
     assert (difference <= np.maximum(3 * spread, 1e-5 * losses)).all(), (difference.max(), spread)
     assert_split_as_declared(state, tiny_model(make_mesh(mesh, devices), **shape))
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 4, "tensor": 2}, {"context": 2, "fsdp": 2, "data": 2}], ids=str
+)
+def test_gradients_are_split_as_their_weights(mesh):
+    """As the optimizer is handed them by the compiled step, after the sum over microbatches."""
+    found = {}
+
+    def look(path, gradient):
+        keep = functools.partial(found.__setitem__, jax.tree_util.keystr(path))
+        jax.debug.inspect_array_sharding(gradient, callback=keep)
+
+    def update(gradients, state, params=None):
+        jax.tree_util.tree_map_with_path(look, gradients)
+        return gradients, state
+
+    looking = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    model = tiny_model(make_mesh(mesh), execution=SCANNED, num_layers=1)
+    optimizer = optax.chain(looking, make_optimizer(OPTIMIZER, model.axes))
+    batch = hosts.to_global(model.mesh, batches()[0])
+    step = _step(model, optimizer, microbatches=2)
+    step.lower(state_lib.abstract(model, optimizer), batch, None).compile()
+
+    flat = jax.tree_util.tree_leaves_with_path
+    for (path, place), shape in zip(flat(model.shardings()), jax.tree.leaves(model.shapes)):
+        name = jax.tree_util.keystr(path)
+        assert found.pop(name).is_equivalent_to(place, shape.ndim), name
+    assert not found
 
 
 def assert_split_as_declared(state, model):
