@@ -1,7 +1,10 @@
 """The command line: help, where configs are looked for, overrides, and what a resume may change."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -41,6 +44,20 @@ def test_no_arguments_mean_the_quickstart(monkeypatch):
     config, workdir = launch.read_command([])
     assert (config.name, config.recipe) == ("quickstart", "pipeline")
     assert workdir == pathlib.Path("runs/quickstart")
+
+
+def test_compiled_programs_are_kept_below_home_by_default(tmp_path):
+    script = (
+        "from jaxreason import launch\n"
+        "launch.set_up_jax(launch.load_config('quickstart:smoke'))\n"
+        "import jax\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.jit(lambda x: x + 1)(1)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"HOME": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True)
+    assert list((tmp_path / ".cache/jaxreason/xla").iterdir())
 
 
 def test_workdir_may_be_below_home(monkeypatch):

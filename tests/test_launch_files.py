@@ -3,11 +3,13 @@
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch_env
+from launched import CONFIG, metrics
 
 from jaxreason.parallel.launchers import PORT, detect
 
@@ -140,3 +142,27 @@ def test_a_script_without_arguments_says_what_it_wants():
     for script, wants in (("local.sh", "launch/local.sh 2 --config"), ("slurm.sbatch", "no arg")):
         done = subprocess.run(["bash", str(LAUNCH / script)], capture_output=True, text=True)
         assert done.returncode == 2 and wants in done.stderr
+
+
+@pytest.mark.slow
+def test_the_local_script_runs_two_processes_to_the_end(tmp_path):
+    """On CPU devices; both logs are kept, process 0 is heard, and the exit code is theirs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = launch_env() | {"PYTHON": sys.executable, "LOGS": str(tmp_path / "logs")}
+    env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_CPU_DEVICES": "2"}
+    command = ["bash", str(LAUNCH / "local.sh"), "2", f"--config={CONFIG}:fit"]
+    local = lambda *flags: subprocess.run(
+        [*command, f"--workdir={tmp_path / 'run'}", *flags],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    done = local()
+    assert done.returncode == 0, done.stderr
+    assert "tiny" in done.stdout
+    assert sorted(log.name for log in (tmp_path / "logs").iterdir()) == [
+        "process-0.log", "process-1.log",
+    ]  # fmt: skip
+    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 21))
+    refused = local("--config.data.num_shards=1")
+    assert refused.returncode == 2 and "process 0 ended with code 2" in refused.stderr

@@ -103,6 +103,27 @@ def test_a_policy_keeps_what_it_names_and_no_more(more, less, floats_a_token):
     assert kept_floats("full") + 8 * 256 * 2 * 256 < kept_floats("none")
 
 
+@pytest.mark.parametrize(
+    "offload, shapes",
+    [
+        ((), []),
+        (("gate_up",), [(48,), (48,)]),
+        (("qkv", "attention"), [(4,), (4, 8), (8, 8)]),  # log-sum-exp, out; 4 + 2 + 2 heads of 8
+    ],
+)
+def test_what_is_offloaded_waits_in_the_hosts_memory(offload, shapes):
+    """Of both layers of 32 tokens, from the forward pass to the backward pass."""
+    batch = packed_batch([[20, 12]], length=32)
+    execution = Execution(
+        scan_layers=True, attention="blockwise", remat="qkv+attention+gate_up", offload=offload
+    )
+    model = tiny_model(execution=execution)
+    backward = jax.make_jaxpr(lambda p: jax.vjp(lambda p: mean_loss(model, p, batch), p)[1])
+    kept = [aval for aval in backward(model.shapes).out_avals if aval.shape[:3] == (2, 1, 32)]
+    on_host = [a.shape[3:] for a in kept if a.memory_space == jax.memory.Space.Host]
+    assert sorted(on_host) == shapes and len(kept) > len(shapes)
+
+
 def test_remat_keeps_no_layer_activations():
     """Temp memory of the gradient falls by (nearly) all that the layers kept of their MLPs."""
     batch, layers, mlp = packed_batch([[64]] * 4, length=64), 8, 256
