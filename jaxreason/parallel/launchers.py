@@ -96,7 +96,8 @@ def _check_complete(known: dict, found: _Found | None, plain: Mapping[str, str])
                 "in every process"
             )
     address, number, index = known.values()
-    if not re.fullmatch(r"\S+:\d+", address):
+    there = re.fullmatch(r"\S+:(\d+)", address)
+    if there is None or not 0 < int(there[1]) < 65536:
         raise ValueError(
             f"JAX_COORDINATOR_ADDRESS or run.processes.coordinator is {address!r}; it must be "
             "HOST:PORT of process 0"

@@ -157,6 +157,10 @@ MISTAKES = {
     "no number": (PLAIN | {"JAX_PROCESS_ID": "one"}, r"JAX_PROCESS_ID is 'one'; .* whole number"),
     "beyond the last": (PLAIN | {"JAX_PROCESS_ID": "4"}, r"is 4 and there are 4; .* 0 to 3"),
     "no port": (PLAIN | {"JAX_COORDINATOR_ADDRESS": "host"}, r"'host'; it must be HOST:PORT"),
+    "a port beyond the last": (
+        PLAIN | {"JAX_COORDINATOR_ADDRESS": "host:99999"},
+        r"'host:99999'; it must be HOST:PORT",
+    ),
     "contradiction": (
         SLURM | {"JAX_NUM_PROCESSES": "8"},
         r"JAX_NUM_PROCESSES is 8, but SLURM_STEP_NUM_TASKS of Slurm is 4",
