@@ -13,6 +13,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -363,17 +364,35 @@ def _why(said: str) -> str:
 def _key(step: Step) -> str:
     """Of the step, and of the code and compiler that it is made by."""
     options = chips.xla_options(chips.chip(step.chip), math.prod(step.shape.values()))
-    parts = [dataclasses.asdict(step), options, jax.__version__, _code()]
+    compilers = _COMPILERS[chips.chip(step.chip).platform]
+    parts = [dataclasses.asdict(step), options, jax.__version__, _versions(compilers), _code()]
     content = json.dumps(parts, sort_keys=True)
     return f"{step.chip}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
+_COMPILERS = {  # of a platform: their packages
+    "cpu": ("jaxlib",),
+    "cuda": ("jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt"),
+    "tpu": ("jaxlib", "libtpu"),
+}
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in packages
+        if any(importlib.metadata.distributions(name=name))
+    }
+
+
 @functools.cache
 def _code() -> str:
-    """A digest of all that a compiled step is made of."""
+    """A digest of all that a compiled step is made of, and its figures are read with."""
     digest = hashlib.sha256()
     parts = ("kernels/*.py", "model/*.py", "objectives/*.py", "train/st*.py", "train/optim.py",
-             "parallel/mesh.py", "parallel/rules.py")  # fmt: skip
+             "parallel/mesh.py", "parallel/rules.py", "parallel/chips.py", "parallel/hlo.py",
+             "recipes/tune_step.py", "types.py")  # fmt: skip
     for part in parts:
         for path in sorted(_PACKAGE.glob(part)):
             digest.update(path.read_bytes())

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -178,6 +179,21 @@ def test_figures_are_kept_and_what_failed_is_tried_again(tmp_path, monkeypatch):
         ({1: True, 2: True}, {1: 15, 2: 20}),
     ]
     assert {call[1] for call in asked} == {"compile"} and len(asked) == 4
+
+
+def test_figures_belong_to_the_code_and_the_compiler_that_made_them(tmp_path, monkeypatch):
+    package = shutil.copytree(tune._PACKAGE, tmp_path / "jaxreason")
+    monkeypatch.setattr(tune, "_PACKAGE", package)
+    parts = ("parallel/hlo.py", "parallel/chips.py", "recipes/tune_step.py", "types.py",
+             "model/decoder.py")  # fmt: skip
+    digests = {tune._code.__wrapped__()}
+    for part in parts:
+        (package / part).write_text((package / part).read_text() + "# changed\n")
+        digests.add(tune._code.__wrapped__())
+    assert len(digests) == 1 + len(parts)
+    keys = {tune._key(tiny_step())}
+    monkeypatch.setattr(tune.importlib.metadata, "version", lambda name: f"another {name}")
+    assert tune._key(tiny_step()) not in keys
 
 
 def test_a_step_that_takes_too_long_is_given_up():
