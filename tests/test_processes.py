@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from launched import Processes, metrics, run, started
+from launched import CONFIG, Processes, metrics, run, started
 
 MINUTE = 60.0
 
@@ -97,6 +97,34 @@ def test_a_killed_process_ends_the_others(tmp_path):
     assert steps(workdir)[-1] >= 10
     state = data_state(workdir, steps(workdir)[-1])
     assert list(state["shards"]) == ["0", "1", "2", "3"]
+
+
+# A config as any other, but that process 1 is sent SIGTERM once its last step is taken.
+ASKED_LAST = """
+import os, signal
+from jaxreason import launch
+from jaxreason.parallel import hosts
+
+def get_config(arg):
+    config = launch.load_config({config!r})
+    due = hosts.StopSign.due
+    def due_then_asked(sign, step):
+        answer = due(sign, step)
+        if hosts.index() == 1 and step == config.train.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+    hosts.StopSign.due = due_then_asked
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_at_the_last_step_stops_all_before_anything_else(tmp_path):
+    path, workdir = tmp_path / "asked_last.py", tmp_path / "run"
+    path.write_text(ASKED_LAST.format(config=f"{CONFIG}:fit"))
+    with started(workdir, 2, f"--config={path}") as processes:
+        assert processes.codes(MINUTE) == [143, 143], processes.says(0)
+    assert steps(workdir)[-1] == 20 and not (workdir / "stages").exists()
 
 
 def test_a_process_that_never_comes_is_named_by_the_others(tmp_path):
