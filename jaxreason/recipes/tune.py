@@ -357,7 +357,7 @@ def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
 
 def _why(said: str) -> str:
     """The error in what a process said; JAX ends with a note on the frames it left out."""
-    errors = re.findall(r"^[\w.]*Error: .*", said, re.MULTILINE)
+    errors = re.findall(r"^[\w.]*Error(?:: .*)?$", said, re.MULTILINE)
     return (errors or said.strip().splitlines() or ["no output"])[-1].removeprefix("ValueError: ")
 
 

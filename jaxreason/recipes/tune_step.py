@@ -75,7 +75,7 @@ def build(step: Step, mesh: Mesh) -> tuple[LanguageModel, object, TrainStep]:
     model = LanguageModel(DecoderConfig(**step.model), execution(step.chip, step.remat), mesh)
     settings = optim.OptimizerConfig(schedule="constant")
     optimizer = optim.make_optimizer(settings, model.axes)
-    objective = PRESETS["grpo"].policy if step.recipe == "rl" else LanguageModeling()
+    objective = PRESETS["dapo"].policy if step.recipe == "rl" else LanguageModeling()  # as rl:hf
     train_step = make_train_step(
         model,
         objective,

@@ -219,6 +219,7 @@ def test_why_a_step_failed_is_the_error_itself():
     note = "--------------------\nFor simplicity, JAX has removed its internal frames from the ..."
     said = "Traceback:\n  File x\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: memory\n" + note
     assert tune._why(said) == "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: memory"
+    assert tune._why("AssertionError\n" + note) == "AssertionError"
     assert tune._why("ValueError: first\n\nValueError: last\n") == "last"
     assert tune._why("killed\n") == "killed" and tune._why("") == "no output"
 
@@ -257,6 +258,12 @@ def test_a_step_is_compiled_and_measured_here():
     assert any(line["kind"] == "all-gather" for line in figures["collectives"])
     assert json.loads(json.dumps(figures)) == figures
     assert 0 < tune_step.measured(step)["step_seconds"] < 60
+
+
+def test_a_step_of_reinforcement_learning_is_compiled_too():
+    """Rows are cut into microbatches as recipes/rl.py does, without shards of data."""
+    figures = tune_step.compiled(tiny_step(recipe="rl", microbatches=2))
+    assert figures["alias_bytes"] > 0.9 * figures["argument_bytes"]
 
 
 # --- what is left behind --------------------------------------------------------------------------
