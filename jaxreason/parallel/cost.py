@@ -127,6 +127,8 @@ def memory_bytes(work: Workload, layout: Layout, chip: Chip) -> dict[str, float]
 def _kept_numbers(work: Workload, layout: Layout) -> float:
     """A layer's activations that wait for its backward pass, a token."""
     embed, heads, mlp = widths(work, layout)
+    if work.num_experts:  # a mixture keeps its input alone, whatever the policy (model/moe.py)
+        mlp = 0.0
     attended = work.num_heads * work.head_dim / layout.ways("heads")
     if layout.kept is None:  # norms and rotations keep fp32; the MLP its gate twice
         return 10 * embed + 5.5 * heads + 6 * mlp

@@ -60,9 +60,9 @@ def _matmul_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
 
 
 def _again(weight: Weight, layout: Layout) -> bool:
-    """Whether its product is computed again in the backward pass."""
+    """Whether its product is computed again in the backward pass; a mixture's always are."""
     kept_as = _PRODUCTS.get(weight.name.rsplit("/", 1)[-1])
-    return kept_as is not None and layout.recomputes(kept_as)
+    return kept_as is not None and (weight.of_experts or layout.recomputes(kept_as))
 
 
 def _counts_load(work: Workload, layout: Layout) -> bool:

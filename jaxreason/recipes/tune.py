@@ -224,11 +224,17 @@ def best(
       slack: how far beyond the memory the arithmetic may be.
     Raises ValueError, with what would work, where nothing may.
     """
-    fitting = [c for c in found if c.estimate.total_bytes <= slack * request.usable]
-    if not fitting:
+    chosen = _few(request, found, slack)
+    if (first := next(chosen, None)) is None:
         raise ValueError(_does_not_fit(request))
+    return itertools.chain([first], chosen)
+
+
+def _few(request: Request, found: Sequence[Candidate], slack: float) -> Iterator[Candidate]:
     taken: dict[tuple, int] = {}
-    for candidate in fitting:
+    for candidate in found:
+        if candidate.estimate.total_bytes > slack * request.usable:
+            continue
         key = tuple(candidate.layout.shape.items())
         taken[key] = taken.get(key, 0) + 1
         if taken[key] <= _A_MESH:
@@ -339,6 +345,9 @@ def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
     )
     if mode == "compile" or step.chip == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
+            "1"  # no TPU is touched
+        )
     if step.chip == "cpu":
         environment["JAX_NUM_CPU_DEVICES"] = str(step.hosts * step.devices_per_host)
     try:
@@ -428,8 +437,8 @@ def search(
 ) -> tuple[list[Candidate], int]:
     """(candidates ranked, how many were considered). `count` 0: by arithmetic alone.
 
-    Where none of the first `count` that are compiled fits, the next are. Raises ValueError where
-    nothing fits.
+    Where none of the first `count` that are compiled fits, others are, that the arithmetic gives
+    as much less as it was wrong by. Raises ValueError where nothing fits.
     """
     found = candidates(request)
     if not count:
@@ -440,6 +449,9 @@ def search(
         tried += compiler.run(request, itertools.islice(promising, count), on_done)
         if any(fits(request, c) for c in tried):
             return ranked(request, tried), len(found)
+        labels = {c.label for c in tried}
+        slack = min([1.0, *(c.estimate.total_bytes / c.bytes for c in tried if c.compiled)])
+        promising = (c for c in _few(request, found, slack) if c.label not in labels)
     errors = {c.figures["error"] for c in tried if not c.compiled}
     least = min((c.bytes for c in tried if c.compiled), default=None)
     if least is None:
