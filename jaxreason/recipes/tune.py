@@ -345,9 +345,7 @@ def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
     )
     if mode == "compile" or step.chip == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
-        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
-            "1"  # no TPU is touched
-        )
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is touched
     if step.chip == "cpu":
         environment["JAX_NUM_CPU_DEVICES"] = str(step.hosts * step.devices_per_host)
     try:

@@ -65,6 +65,8 @@ COMPILED = [
     ("b200", "qwen3-8b", 32, 4096, {"fsdp": 8}, 1, "full", 30.39),
     ("b200", "qwen3-30b-a3b", 32, 4096, {"fsdp": 8}, 1, "full", 74.44),
     ("b200", "qwen3-30b-a3b", 32, 4096, {"expert": 8}, 1, "full", 71.32),
+    ("b200", "qwen3-30b-a3b", 512, 4096, {"fsdp": 8}, 8, "save_projections", 146.7),
+    ("h200", "qwen3-30b-a3b", 512, 4096, {"fsdp": 4, "expert": 2}, 8, "attention+gate_up", 105.9),
     ("v5p", "qwen3-8b", 64, 4096, {"fsdp": 64}, 1, "full", 9.40),
 ]
 

@@ -204,8 +204,27 @@ def test_a_step_that_takes_too_long_is_given_up():
 def test_nothing_that_fits_when_compiled_is_said(tmp_path, monkeypatch):
     huge = {"argument_bytes": 2**50, "temp_bytes": 0, "compile_seconds": 1.0}
     monkeypatch.setattr(tune, "run_step", lambda *_: huge)
-    with pytest.raises(ValueError, match=r"none of the 6 layouts .* fits: the least takes 10485"):
+    with pytest.raises(ValueError, match=r"none of the 2 layouts .* fits: the least takes 10485"):
         tune.search(Request(**TINY), Compiler(tmp_path), 2)
+
+
+def test_after_what_does_not_fit_only_what_may_is_compiled():
+    """The compiler wants twice what the arithmetic says, of everything: the fastest do not fit."""
+    request, rounds = Request(**TINY), []
+    first = tune.candidates(request)[0]
+    factor = 1.01 * request.usable / first.estimate.total_bytes
+
+    class Twice:
+        def run(self, request, chosen, on_done):
+            rounds.append(list(chosen))
+            figures = lambda c: dict(argument_bytes=factor * c.estimate.total_bytes, temp_bytes=0)
+            return [dataclasses.replace(c, figures=figures(c)) for c in rounds[-1]]
+
+    found, _ = tune.search(request, Twice(), 1)
+    assert len(rounds) == 2 and rounds[0][0].label == first.label
+    assert tune.fits(request, found[0]) and found[0].label == rounds[1][0].label
+    skipped = tune.candidates(request)[1 : tune.candidates(request).index(rounds[1][0])]
+    assert all(factor * c.estimate.total_bytes > 0.99 * request.usable for c in skipped)
 
 
 def test_that_nothing_compiled_is_said(tmp_path, monkeypatch):
