@@ -151,8 +151,7 @@ def train(
                 raise Terminated from None
             # A copy: the train step donates the original. Moved from here, not from the thread:
             # several processes must start what all their devices do in one order.
-            copy = lambda: job.to_sampler(whole(snapshot(state.params)))
-            rollouts.draw_ahead(done + 2, copy)
+            rollouts.draw_ahead(done + 2, lambda: job.to_sampler(whole(snapshot(state.params))))
             learning = time.perf_counter()
             if why := _why_skipped(job, rollout):
                 host["skipped"] += 1
