@@ -1,13 +1,15 @@
 """The expert product: each row times the matrix of its own group, and its gradients.
 
 Implementations:
-  ragged   `jax.lax.ragged_dot`, which TPUs have. On CPU and GPU XLA lowers it to a product of every
-           row with every group behind a mask (32 times the work and a [groups, rows, in] array for
-           32 groups, jax 0.10.2 to 0.12).
-  loop     the rows of a group, block by block: for any platform.
-  pallas   kernels for GPUs (grouped_pallas.py). They compile for Hopper and Blackwell but have not
-           run there, so nothing chooses them by itself.
-  auto     ragged on TPU, else loop.
+  loop      the rows of a group, block by block: for any platform.
+  megablox  JAX's own kernels for TPUs.
+  pallas    kernels for GPUs (grouped_pallas.py). They compile for Hopper and Blackwell but have not
+            run there, so nothing chooses them by itself.
+  auto      megablox on TPU, else loop.
+
+`jax.lax.ragged_dot` is not among them: XLA lowers it on CPU and GPU, and its gradient of the
+matrices on TPU too, to a product of every row with every group behind a mask: with 128 groups 128
+times the work (jax 0.10.2 to 0.12, libtpu 0.0.42; seen in the compiled programs).
 """
 
 import functools
@@ -17,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PLAIN = ("auto", "loop", "ragged")  # XLA's own operations
-IMPLEMENTATIONS = (*PLAIN, "pallas")
+IMPLEMENTATIONS = ("auto", "loop", "megablox", "pallas")
+_PLATFORMS = {"megablox": ("tpu",), "pallas": ("gpu", "cuda")}  # the rest run on any
 
 _BLOCK = 128  # rows of one product; of a group's last one some are another group's, and are dropped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-    x_XI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, implementation: str = "auto"
+    x_XI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, implementation: str = "loop"
 ) -> jax.Array:
     """out_XO of x's dtype, sums in float32.
 
@@ -33,10 +35,10 @@ def grouped_matmul(
       x_XI: rows sorted by group.
       sizes_E: rows of each group, int32. Together at most X: rows beyond them are multiplied by
         nothing, are zeros in the output and get no gradient.
-      implementation: one of `IMPLEMENTATIONS`, or `interpret`: pallas in its slow simulation, for
-        tests.
+      implementation: one that `choose` gives, or `interpret` and `interpret_megablox`: the kernels
+        in their slow simulation, for tests.
     """
-    return _run(_ROWS_TIMES, implementation, x_XI, w_EIO, sizes_E)
+    return _ROWS_TIMES[implementation](x_XI, w_EIO, sizes_E)
 
 
 def _forward(x_XI, w_EIO, sizes_E, implementation):
@@ -45,12 +47,31 @@ def _forward(x_XI, w_EIO, sizes_E, implementation):
 
 def _backward(implementation, residuals, dout_XO):
     x_XI, w_EIO, sizes_E = residuals
-    dx_XI = _run(_ROWS_TIMES, implementation, dout_XO, w_EIO, sizes_E, transposed=True)
-    dw_EIO = _run(_OUTER, implementation, x_XI, dout_XO, sizes_E, dtype=w_EIO.dtype)
+    dx_XI = _ROWS_TIMES[implementation](dout_XO, w_EIO, sizes_E, transposed=True)
+    dw_EIO = _OUTER[implementation](x_XI, dout_XO, sizes_E, dtype=w_EIO.dtype)
     return dx_XI, dw_EIO, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def choose(name: str, platform: str) -> str:
+    """The implementation of `mesh.experts = name` on devices of that platform.
+
+    Raises ValueError for an unknown name, or one that the devices cannot run.
+    """
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"mesh.experts is {name!r}; it must be one of {known}")
+    if name == "auto":
+        return "megablox" if platform == "tpu" else "loop"
+    if platform not in _PLATFORMS.get(name, (platform,)):
+        kind = {"megablox": "TPUs", "pallas": "NVIDIA GPUs"}[name]
+        raise ValueError(
+            f"mesh.experts is {name!r}, kernels for {kind}, but the devices are {platform}; "
+            f"auto runs on any"
+        )
+    return name
 
 
 def check(implementation: str, dtype: jnp.dtype = jnp.bfloat16) -> None:
@@ -93,14 +114,6 @@ def check(implementation: str, dtype: jnp.dtype = jnp.bfloat16) -> None:
 # --- x_XI times its group's matrix: out_XO. `transposed`: w is [E, O, I] --------------------------
 
 
-def _ragged_rows(x_XI, w_EIO, sizes_E, *, transposed=False):
-    w_EIO = jnp.swapaxes(w_EIO, 1, 2) if transposed else w_EIO
-    out_XO = jax.lax.ragged_dot(x_XI, w_EIO, sizes_E, preferred_element_type=jnp.float32)
-    # What it gives beyond the groups is not specified.
-    in_a_group_X1 = (jnp.arange(x_XI.shape[0]) < sizes_E.sum())[:, None]
-    return jnp.where(in_a_group_X1, out_XO, 0).astype(x_XI.dtype)
-
-
 def _looped_rows(x_XI, w_EIO, sizes_E, *, transposed=False):
     X, O = x_XI.shape[0], w_EIO.shape[1 if transposed else 2]
     padded_XI = _padded(x_XI)
@@ -124,19 +137,21 @@ def _pallas_rows(x_XI, w_EIO, sizes_E, *, transposed=False, interpret=False):
     )
 
 
+def _megablox_rows(x_XI, w_EIO, sizes_E, *, transposed=False, interpret=False):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # TPU's API, likewise
+
+    padded_XI, rows = _whole_tiles(x_XI)
+    O = w_EIO.shape[1 if transposed else 2]
+    tiling = (rows, *_tile_sides(x_XI.dtype, x_XI.shape[1], O))
+    out_XO = gmm(
+        padded_XI, w_EIO, sizes_E, x_XI.dtype, tiling, transpose_rhs=transposed, interpret=interpret
+    )
+    # What it gives beyond the groups is memory that nobody wrote.
+    in_a_group_X1 = (jnp.arange(x_XI.shape[0]) < sizes_E.sum())[:, None]
+    return jnp.where(in_a_group_X1, out_XO[: x_XI.shape[0]], 0)
+
+
 # --- the sum over each group's rows of x y^T: [E, I, O] of `dtype` --------------------------------
-
-
-def _ragged_outer(x_XI, y_XO, sizes_E, *, dtype):
-    dims = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=(0,),
-        rhs_group_dimensions=(),
-    )
-    sums_EIO = jax.lax.ragged_dot_general(
-        x_XI, y_XO, sizes_E, dims, preferred_element_type=jnp.float32
-    )
-    return sums_EIO.astype(dtype)
 
 
 def _looped_outer(x_XI, y_XO, sizes_E, *, dtype):
@@ -152,6 +167,14 @@ def _looped_outer(x_XI, y_XO, sizes_E, *, dtype):
     return _over_blocks(sizes_E, block, jnp.zeros((E, I, O), jnp.float32)).astype(dtype)
 
 
+def _megablox_outer(x_XI, y_XO, sizes_E, *, dtype, interpret=False):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    (padded_XI, rows), (padded_XO, _) = _whole_tiles(x_XI), _whole_tiles(y_XO)
+    tiling = (rows, *_tile_sides(x_XI.dtype, x_XI.shape[1], y_XO.shape[1]))
+    return tgmm(padded_XI.T, padded_XO, sizes_E, dtype, tiling, interpret=interpret)
+
+
 def _pallas_outer(x_XI, y_XO, sizes_E, *, dtype, interpret=False):
     from jaxreason.kernels import grouped_pallas
 
@@ -160,23 +183,18 @@ def _pallas_outer(x_XI, y_XO, sizes_E, *, dtype, interpret=False):
 
 _ROWS_TIMES = {
     "loop": _looped_rows,
-    "ragged": _ragged_rows,
+    "megablox": _megablox_rows,
     "pallas": _pallas_rows,
     "interpret": functools.partial(_pallas_rows, interpret=True),
+    "interpret_megablox": functools.partial(_megablox_rows, interpret=True),
 }
 _OUTER = {
     "loop": _looped_outer,
-    "ragged": _ragged_outer,
+    "megablox": _megablox_outer,
     "pallas": _pallas_outer,
     "interpret": functools.partial(_pallas_outer, interpret=True),
+    "interpret_megablox": functools.partial(_megablox_outer, interpret=True),
 }
-
-
-def _run(kernels: dict[str, Callable], implementation: str, *operands, **options):
-    if implementation != "auto":
-        return kernels[implementation](*operands, **options)
-    on = lambda name: functools.partial(kernels[name], **options)
-    return jax.lax.platform_dependent(*operands, tpu=on("ragged"), default=on("loop"))
 
 
 def _over_blocks(sizes_E, block: Callable, carry):
@@ -191,6 +209,19 @@ def _over_blocks(sizes_E, block: Callable, carry):
         return block(e, start, ends_E[e], carry)
 
     return jax.lax.fori_loop(0, last_block_E[-1], body, carry)
+
+
+def _whole_tiles(x_XI):
+    """(x with rows up to a whole number of TPU tiles, the rows of a tile)."""
+    rows = min(512, -(-x_XI.shape[0] // _BLOCK) * _BLOCK)
+    return jnp.pad(x_XI, ((0, -x_XI.shape[0] % rows), (0, 0))), rows
+
+
+def _tile_sides(dtype, *dims: int) -> tuple[int, ...]:
+    """Of a TPU tile, so that what a kernel holds stays under the 16 MiB that the compiler grants
+    (all of VMEM, which is more, is not for one kernel)."""
+    largest = 1024 if jnp.dtype(dtype).itemsize == 2 else 512
+    return tuple(min(largest, dim) for dim in dims)
 
 
 def _padded(x_XI):

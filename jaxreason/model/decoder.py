@@ -209,6 +209,11 @@ class LanguageModel:
         return self.config.traits.experts
 
     @property
+    def expert_product(self) -> str | None:
+        """The implementation of kernels/grouped.py that runs; None without experts."""
+        return self._experts.implementation if self.has_experts else None
+
+    @property
     def num_params(self) -> int:
         return sum(math.prod(s.shape) for s in jax.tree.leaves(self.shapes))
 

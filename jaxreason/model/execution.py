@@ -18,7 +18,7 @@ class Execution:
 
     dtype: str = "float32"  # of activations and of the weights as they multiply
     attention: str = "auto"
-    experts: str = "auto"  # the expert product: auto | loop | ragged | pallas (kernels/grouped.py)
+    experts: str = "auto"  # kernels/grouped.py: auto | loop | megablox | pallas
     remat: str = "none"  # none | full | save_attention | save_projections | names of KEEPABLE, by +
     offload: tuple[str, ...] = ()  # of KEEPABLE: kept in the host's memory instead of the device's
     scan_layers: bool = False  # one compiled layer in a loop; unrolled runs about 8 % faster on CPU

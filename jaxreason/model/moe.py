@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxreason.kernels.grouped import IMPLEMENTATIONS, grouped_matmul
+from jaxreason.kernels import grouped
 from jaxreason.model.products import whole
 from jaxreason.parallel import rules
 from jaxreason.types import pytree_dataclass
@@ -63,7 +63,7 @@ def route(
 
 
 def mixture(
-    h_XD, weights_XK, ids_XK, experts: Weights, activation: Callable, implementation: str = "auto"
+    h_XD, weights_XK, ids_XK, experts: Weights, activation: Callable, implementation: str = "loop"
 ) -> jax.Array:
     """out_XD: the weighted sum of each token's experts; every token reaches every one it chose."""
     (X, K), E = ids_XK.shape, experts[0].shape[0]
@@ -79,7 +79,7 @@ def mixture(
 def _mlps(activation: Callable, implementation: str, sizes_E, rows_RD, experts: Weights):
     """Each row's gated MLP; zeros for rows beyond the sizes."""
     gate_EDF, up_EDF, down_EFD = experts
-    product = lambda x, w: grouped_matmul(x, w, sizes_E, implementation)
+    product = lambda x, w: grouped.grouped_matmul(x, w, sizes_E, implementation)
     return product(activation(product(rows_RD, gate_EDF)) * product(rows_RD, up_EDF), down_EFD)
 
 
@@ -122,15 +122,8 @@ def build(implementation: str, mesh: Mesh | None) -> tuple["Experts", "Experts"]
 
     Raises ValueError for an unknown implementation, or one that the devices cannot run.
     """
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"mesh.experts is {implementation!r}; it must be one of {known}")
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
-    if implementation == "pallas" and platform not in ("gpu", "cuda"):
-        raise ValueError(
-            f"mesh.experts is 'pallas', kernels for NVIDIA GPUs, but the devices are {platform}; "
-            f"auto runs on any"
-        )
+    implementation = grouped.choose(implementation, platform)
     return Experts(mesh, implementation), Experts(None, implementation)
 
 
@@ -143,7 +136,7 @@ class Experts:
     """
 
     mesh: Mesh | None = None
-    implementation: str = "auto"  # of kernels/grouped.py
+    implementation: str = "loop"  # of kernels/grouped.py
 
     def __call__(
         self,

@@ -110,7 +110,7 @@ def memory_bytes(work: Workload, layout: Layout, chip: Chip) -> dict[str, float]
     """
     held = sum(map(layout.share, work.weights))
     kept = work.num_layers * layout.tokens(work) * work.dtype_bytes * _kept_numbers(work, layout)
-    loss, layer = _loss_bytes(work, layout, chip), _layer_bytes(work, layout)
+    loss, layer = _loss_bytes(work, layout, chip), _layer_bytes(work, layout, chip)
     parts = {
         "weights and optimizer": 12 * held,
         "batch": 20 * work.tokens / layout.ways("batch") * (1 if layout.microbatches == 1 else 2),
@@ -152,14 +152,16 @@ def _loss_bytes(work: Workload, layout: Layout, chip: Chip) -> float:
     return (4 + 4 + work.dtype_bytes) * table + (4 + 2 * work.dtype_bytes) * vocab * rows
 
 
-def _layer_bytes(work: Workload, layout: Layout) -> float:
+def _layer_bytes(work: Workload, layout: Layout, chip: Chip) -> float:
     """What a layer computes again and the gradients of it, its scores, its weights; the gradient
     of the head waits meanwhile, whole; its share is among the gradients."""
     embed, heads, mlp = widths(work, layout)
     tokens, dtype = layout.tokens(work), work.dtype_bytes
-    numbers = 8 * embed + 4 * heads + 8 * mlp
+    numbers = 8 * embed + 4 * heads
     if work.num_experts:  # rows in the order of experts: in, out, and their gradients
         numbers += 4 * work.embed_dim * work.experts_per_token
+    if not (work.num_experts and chip.platform == "tpu"):  # there the inner rows are gone by then
+        numbers += 8 * mlp
     scores = 4 * tokens * work.num_heads / layout.ways("heads") * _BLOCK * _SCORES
     if layout.attention == "flash":
         scores = 0.0

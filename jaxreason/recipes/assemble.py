@@ -140,7 +140,7 @@ def random_params(model: LanguageModel, key: jax.Array) -> Params:
 def language_model(
     config: ConfigDict, shape: DecoderConfig, tokenizer: Tokenizer, value_head: bool = False
 ) -> LanguageModel:
-    """The run's model. Kernels of ours that it chose are first held against plain XLA's results.
+    """The run's model. Kernels that it chose are first held against plain XLA's results.
 
     Raises ValueError where it cannot run here, or a kernel's results are wrong.
     """
@@ -151,9 +151,8 @@ def language_model(
         valid_vocab=tokenizer.vocab_size,
         value_head=value_head,
     )
-    experts = model.execution.experts
-    if model.has_experts and experts not in grouped.PLAIN:
-        grouped.check(experts, jax.numpy.dtype(model.execution.dtype))
+    if model.expert_product not in (None, "loop"):  # a loop is XLA's own operations
+        grouped.check(model.expert_product, jax.numpy.dtype(model.execution.dtype))
     return model
 
 

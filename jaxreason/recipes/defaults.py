@@ -59,7 +59,7 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                 "offload": (),  # of those names, what is kept in the host's memory
                 "context": "ring",  # ring | gather: how keys and values meet over shape.context
                 "attention": "auto",  # auto | blockwise | reference
-                "experts": "auto",  # auto | loop | ragged | pallas: see kernels/grouped.py
+                "experts": "auto",  # auto | loop | megablox | pallas: see kernels/grouped.py
                 "dtype": "auto",  # auto: float32 on CPU, bfloat16 on accelerators
                 # true | false | auto: unrolled on CPU, scanned on accelerators
                 "scan_layers": "auto",

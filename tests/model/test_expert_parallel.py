@@ -150,3 +150,5 @@ def test_mistakes_are_named():
         moe.build("triton", None)
     with pytest.raises(ValueError, match=r"mesh.experts is 'pallas', .* but the devices are cpu;"):
         moe.build("pallas", make_mesh({"expert": 8}))
+    with pytest.raises(ValueError, match=r"mesh.experts is 'megablox', kernels for TPUs, but the"):
+        moe.build("megablox", None)

@@ -7,7 +7,6 @@ import pytest
 
 from jaxreason import launch
 from jaxreason.kernels import grouped, grouped_pallas
-from jaxreason.model import moe
 from jaxreason.recipes import assemble, checkpoints
 from jaxreason.text.tokenizer import ByteTokenizer
 
@@ -62,7 +61,7 @@ EXPERTS = dict(family="qwen3_moe", num_experts=4, experts_per_token=2)
 @pytest.fixture
 def gpu_kernels(monkeypatch):
     """`mesh.experts = interpret`, which is for tests alone: the GPU's kernels, simulated."""
-    monkeypatch.setattr(moe, "IMPLEMENTATIONS", (*grouped.IMPLEMENTATIONS, "interpret"))
+    monkeypatch.setattr(grouped, "IMPLEMENTATIONS", (*grouped.IMPLEMENTATIONS, "interpret"))
 
 
 @pytest.mark.parametrize("recipe", ["fit", "rl"])
