@@ -96,6 +96,9 @@ def test_pretraining_on_b200_has_the_mesh_that_the_tuner_finds():
     assert found.remat == config.mesh.remat
 
 
+needs_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="the TPU compiler is not installed: .[tpu]"
+)
 needs_cuda_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None
     or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
@@ -158,16 +161,30 @@ def test_other_families_compile_for_absent_gpus(chip, name, changes):
         assert "[128,65536," not in compiled.as_text()
 
 
+KERNEL_CALLS = {"cuda": '"__gpu$xla.gpu.triton"', "tpu": '"tpu_custom_call"'}
+
+
 @pytest.mark.hardware_free
-@needs_cuda_plugin
-@pytest.mark.parametrize("chip", ["b200", "h200"])
-@pytest.mark.parametrize("shape", [{"fsdp": 1}, {"expert": 4, "fsdp": 2}], ids=str)
-def test_the_expert_product_compiles_for_absent_gpus(chip, shape):
+@pytest.mark.parametrize(
+    "chip, shape",
+    [
+        pytest.param("b200", {"fsdp": 1}, marks=needs_cuda_plugin),
+        pytest.param("b200", {"expert": 4, "fsdp": 2}, marks=needs_cuda_plugin),
+        pytest.param("h200", {"fsdp": 1}, marks=needs_cuda_plugin),
+        pytest.param("h200", {"expert": 4, "fsdp": 2}, marks=needs_cuda_plugin),
+        pytest.param("v5p", {"fsdp": 8}, marks=needs_libtpu),
+        pytest.param("v5p", {"expert": 4, "fsdp": 2}, marks=needs_libtpu),
+    ],
+    ids=str,
+)
+def test_the_expert_product_compiles_for_absent_chips(chip, shape):
     """A layer's experts as wide as Qwen3-30B-A3B's, forward and gradients: Pallas kernels, bf16,
     and no array of tokens times experts, nor of experts times rows."""
-    ways = math.prod(shape.values())
-    mesh = make_mesh(shape, chips.absent_gpus(chip)[:ways])
-    (experts, _), c = moe.build("pallas", mesh), preset("qwen3-30b-a3b")
+    ways, platform = math.prod(shape.values()), chips.chip(chip).platform
+    devices = chips.absent_tpus(chip, 2) if platform == "tpu" else chips.absent_gpus(chip)
+    mesh = make_mesh(shape, devices[:ways])
+    kernels = "auto" if platform == "tpu" else "pallas"
+    (experts, _), c = moe.build(kernels, mesh), preset("qwen3-30b-a3b")
     E, D, F = c.num_experts, c.embed_dim, c.mlp_dim
 
     def loss(h_BTD, router_DE, weights, real_BT):
@@ -191,7 +208,7 @@ def test_the_expert_product_compiles_for_absent_gpus(chip, shape):
         abstract((8 * ways, 1024), jnp.bool_, "batch", "residual"),
     )
     text = lowered.compile().as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') >= 8
+    assert text.count(f"custom_call_target={KERNEL_CALLS[platform]}") >= 8
     arrays = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", text)}
     tokens, here = 8 * 1024 * shape.get("expert", 1), E // shape.get("expert", 1)
     rows = 8 * 8 * 1024
