@@ -14,6 +14,7 @@ import pytest
 from compile_options import options_in_force
 from hf_models import CASES, make
 from safetensors.numpy import load_file, save_file
+from simulated_kernels import RUN_HERE
 from tiny_models import assert_trees_equal, mean_loss, packed_batch, tiny_model, tiny_params
 
 from jaxreason import launch
@@ -23,7 +24,6 @@ from jaxreason.checkpoint.hf_config import config_from_hf, generation_settings
 from jaxreason.checkpoint.store import Store
 from jaxreason.data import pipeline
 from jaxreason.data.prompts import PromptConfig, PromptSource, PromptStream
-from jaxreason.model import attention
 from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.objectives.policy import PolicyGradient, kl
@@ -61,7 +61,8 @@ def test_fault_01_rope_theta_is_honoured():
     assert jnp.abs(small - middle).max() > 1e-2 and jnp.abs(middle - large).max() > 1e-2
 
 
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+@pytest.mark.usefixtures("simulated_kernels")
+@pytest.mark.parametrize("implementation", RUN_HERE)
 def test_fault_02_packed_documents_do_not_leak(implementation):
     """Document 1 changes, document 2 does not; without segments every weight's gradient does."""
     model = tiny_model(execution=Execution(attention=implementation))  # unrolled, as on CPU

@@ -38,6 +38,7 @@ from jaxreason.model.layer import (
 )
 from jaxreason.model.lora import LoraConfig
 from jaxreason.model.rows import Rows
+from jaxreason.parallel import mesh as mesh_lib
 from jaxreason.parallel import rules
 from jaxreason.types import AttentionMask, Params, pytree_dataclass
 
@@ -105,10 +106,22 @@ class LanguageModel:
         self.valid_vocab = valid_vocab if padded else None
         self.dtype = jnp.dtype(execution.dtype)
         self.head = Head(mesh, self.valid_vocab)
-        self._attention = attention_lib.build(execution.attention, mesh, execution.context)
+        use = attention_lib.Use(
+            platform=mesh_lib.platform(mesh),
+            dtype=execution.dtype,
+            head_dim=config.head_dim,
+            window=any(config.sliding),
+            parts=mesh is not None and rules.axis_size(mesh, "length") > 1,
+        )
+        self.attention_use, self.attention = use, attention_lib.choose(execution.attention, use)
+        self._attention = attention_lib.build(self.attention, mesh, execution.context)
         self.rows = Rows(mesh)
         # The rollout engine splits rows over the mesh by itself.
-        self._attend_lane = attention_lib.build(execution.attention, None)
+        lane = dataclasses.replace(use, segments=False, offset=True, parts=False)
+        able = not attention_lib.IMPLEMENTATIONS[self.attention].reasons(lane)
+        self._attend_lane = attention_lib.build(
+            attention_lib.choose(self.attention if able else "auto", lane), None
+        )
         self._experts, self._experts_lane = moe.build(execution.experts, mesh)
         # Concatenating weights that are split over the tensor axis would move them between devices.
         self._fuse = mesh is None or rules.axis_size(mesh, "heads") == 1

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxreason.kernels import grouped
 from jaxreason.model.products import whole
+from jaxreason.parallel import mesh as mesh_lib
 from jaxreason.parallel import rules
 from jaxreason.types import pytree_dataclass
 
@@ -122,8 +123,7 @@ def build(implementation: str, mesh: Mesh | None) -> tuple["Experts", "Experts"]
 
     Raises ValueError for an unknown implementation, or one that the devices cannot run.
     """
-    platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
-    implementation = grouped.choose(implementation, platform)
+    implementation = grouped.choose(implementation, mesh_lib.platform(mesh))
     return Experts(mesh, implementation), Experts(None, implementation)
 
 

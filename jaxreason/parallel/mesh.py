@@ -19,6 +19,11 @@ from jax.sharding import AxisType, Mesh
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
+def platform(mesh: Mesh | None) -> str:
+    """Of the devices: cpu | gpu | cuda | tpu."""
+    return (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
+
+
 def resolve_shape(shape: Mapping[str, int], num_devices: int) -> dict[str, int]:
     """The size of every axis, with one -1 replaced by what is left.
 

@@ -17,6 +17,7 @@ from jaxreason.checkpoint import hf, hub
 from jaxreason.data import sources
 from jaxreason.data.pipeline import DataConfig
 from jaxreason.kernels import grouped
+from jaxreason.model import attention
 from jaxreason.model.config import DecoderConfig, preset
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import Execution
@@ -151,6 +152,8 @@ def language_model(
         valid_vocab=tokenizer.vocab_size,
         value_head=value_head,
     )
+    if model.attention not in attention.PLAIN:
+        attention.check(model.attention, model.attention_use)
     if model.expert_product not in (None, "loop"):  # a loop is XLA's own operations
         grouped.check(model.expert_product, jax.numpy.dtype(model.execution.dtype))
     return model

@@ -58,7 +58,7 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                 "remat": "none",
                 "offload": (),  # of those names, what is kept in the host's memory
                 "context": "ring",  # ring | gather: how keys and values meet over shape.context
-                "attention": "auto",  # auto | blockwise | reference
+                "attention": "auto",  # auto | or a name of model/attention.py: flash, splash, ...
                 "experts": "auto",  # auto | loop | megablox | pallas: see kernels/grouped.py
                 "dtype": "auto",  # auto: float32 on CPU, bfloat16 on accelerators
                 # true | false | auto: unrolled on CPU, scanned on accelerators

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreason.kernels import blockwise, decode, reference
+from jaxreason.kernels import blockwise, decode, decode_pallas, reference
 from jaxreason.types import AttentionMask
 
 B, T, S, N, K, H = 2, 19, 27, 6, 2, 8
@@ -207,29 +207,45 @@ def test_blockwise_inside_shard_map():
     assert_close(outputs_and_gradients(attention, mask, q, k, v, dout, dlse), want)
 
 
+# What the cache may hold beyond the lengths: of the kernel anything, as it is never read.
+DECODERS = {
+    "xla": (decode.decode_attention, 1e9),
+    "pallas": (
+        functools.partial(
+            decode_pallas.decode_attention, tiles=decode_pallas.Tiles(keys=16), interpret=True
+        ),
+        jnp.nan,
+    ),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize(
     "options", [{}, dict(window=4), dict(scale=0.5, soft_cap=0.7)], ids=["plain", "window", "cap"]
 )
-def test_decode_equals_reference(options):
-    """Rows of length 0, 1, middle and full; the rest of the cache holds large numbers."""
+def test_decode_equals_reference(options, decoder):
+    """Rows of length 0, 1, middle and full."""
+    decode_attention, beyond = DECODERS[decoder]
     lengths = jnp.array([0, 1, 13, 27])
     keys = jax.random.split(jax.random.key(1), 3)
     q = jax.random.normal(keys[0], (4, N, H))
     k, v = (jax.random.normal(key, (4, K, S, H)) for key in keys[1:])
     want = reference.decode_attention(q, k, v, lengths, **options)
     junk = (jnp.arange(S) >= lengths[:, None])[:, None, :, None]
-    got = decode.decode_attention(
-        q, jnp.where(junk, 1e9, k), jnp.where(junk, 1e9, v), lengths, **options
+    got = decode_attention(
+        q, jnp.where(junk, beyond, k), jnp.where(junk, beyond, v), lengths, **options
     )
     assert_close(got, want)
     assert (got[0] == 0).all() and jnp.isfinite(got).all()
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize(
     "options", [{}, dict(window=6), dict(scale=0.5, soft_cap=0.7)], ids=["plain", "window", "cap"]
 )
-def test_decode_with_a_prefix_equals_one_cache_of_both(options):
-    """Two prefixes of two rows each, one of them empty; large numbers beyond every length."""
+def test_decode_with_a_prefix_equals_one_cache_of_both(options, decoder):
+    """Two prefixes of two rows each, one of them empty."""
+    decode_attention, beyond = DECODERS[decoder]
     before, lengths = jnp.array([0, 9]), jnp.array([1, 13, 4, 27])
     keys = jax.random.split(jax.random.key(1), 5)
     q = jax.random.normal(keys[0], (4, N, H))
@@ -243,22 +259,47 @@ def test_decode_with_a_prefix_equals_one_cache_of_both(options):
 
     k, v = (joined(prefix, rows) for prefix, rows in zip(shared, own))
     want = reference.decode_attention(q, k, v, before.repeat(2) + lengths, **options)
-    junk = lambda x, n: jnp.where((jnp.arange(x.shape[2]) >= n[:, None])[:, None, :, None], 1e9, x)
+    after = lambda x, n: (jnp.arange(x.shape[2]) >= n[:, None])[:, None, :, None]
+    junk = lambda x, n: jnp.where(after(x, n), beyond, x)
     prefix = (*(junk(x, before) for x in shared), before)
-    got = decode.decode_attention(
-        q, *(junk(x, lengths) for x in own), lengths, prefix=prefix, **options
-    )
+    got = decode_attention(q, *(junk(x, lengths) for x in own), lengths, prefix=prefix, **options)
     assert_close(got, want)
 
 
-def test_decode_bfloat16():
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_decode_bfloat16(decoder):
     """Probabilities and the result are rounded to 2**-9 relative: 1 % of the largest entry."""
+    decode_attention, _ = DECODERS[decoder]
     keys = jax.random.split(jax.random.key(1), 3)
     q = jax.random.normal(keys[0], (2, N, H), jnp.bfloat16)
     k, v = (jax.random.normal(key, (2, K, S, H), jnp.bfloat16) for key in keys[1:])
-    got = decode.decode_attention(q, k, v, jnp.array([5, 27]))
+    got = decode_attention(q, k, v, jnp.array([5, 27]))
     want = reference.decode_attention(
         *(x.astype(jnp.float32) for x in (q, k, v)), jnp.array([5, 27])
     )
     assert got.dtype == jnp.bfloat16
     assert jnp.abs(got.astype(jnp.float32) - want).max() < 0.01 * jnp.abs(want).max()
+
+
+def test_decode_reads_fp8_as_it_is():
+    """A cache in float8: the attention of the rounded numbers."""
+    decode_attention, _ = DECODERS["pallas"]
+    keys = jax.random.split(jax.random.key(1), 3)
+    q = jax.random.normal(keys[0], (2, N, H))
+    k, v = (jax.random.normal(key, (2, K, S, H)).astype(jnp.float8_e4m3fn) for key in keys[1:])
+    lengths = jnp.array([5, 27])
+    want = reference.decode_attention(q, k.astype(jnp.float32), v.astype(jnp.float32), lengths)
+    assert_close(decode_attention(q, k, v, lengths), want)
+
+
+def test_decode_splits_long_caches_and_tiles_many_rows():
+    """One long row over many programs; a prefix of 40 rows times 3 heads, two tiles of queries."""
+    decode_attention, _ = DECODERS["pallas"]
+    keys = jax.random.split(jax.random.key(1), 5)
+    q = jax.random.normal(keys[0], (40, N, H))
+    own = [jax.random.normal(key, (40, K, 8, H)) for key in keys[1:3]]
+    shared = [jax.random.normal(key, (1, K, 700, H)) for key in keys[3:]]
+    lengths, before = jnp.arange(40) % 9, jnp.array([651])
+    options = dict(prefix=(*shared, before), window=640)
+    want = decode.decode_attention(q, *own, lengths, **options)
+    assert_close(decode_attention(q, *own, lengths, **options), want)

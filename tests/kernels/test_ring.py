@@ -42,7 +42,7 @@ def over_devices(number: int, kernel: str, exchange: str):
     """`attention` of whole rows, cut into stripes for that many devices and put together again."""
     mesh, row = Mesh(np.array(jax.devices()[:number]), ("context",)), PartitionSpec(None, "context")
     order = ring.stripes(T, number)
-    config = ring.Ring(IMPLEMENTATIONS[kernel], "context", exchange)
+    config = ring.Ring(IMPLEMENTATIONS[kernel].kernel, "context", exchange)
 
     def attention(q, k, v, mask):
         parts = jax.tree.map(lambda x: x[:, order], (q, k, v, mask))
@@ -59,8 +59,9 @@ def over_devices(number: int, kernel: str, exchange: str):
 @pytest.mark.parametrize(
     "name, number, kernel",
     [("causal", 2, "blockwise"), ("packed", 8, "blockwise"), ("all", 4, "reference"),
-     ("all", 8, "blockwise")],
+     ("all", 8, "blockwise"), ("all", 4, "flash")],
 )  # fmt: skip
+@pytest.mark.usefixtures("simulated_kernels")
 def test_a_row_over_devices_is_the_row(name, number, kernel, exchange):
     want = outputs_and_gradients(reference.attention, MASKS[name], *inputs())
     got = outputs_and_gradients(over_devices(number, kernel, exchange), MASKS[name], *inputs())

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulated_kernels import RUN_HERE
 from tiny_models import (
     assert_trees_close,
     assert_trees_equal,
@@ -15,7 +16,6 @@ from tiny_models import (
     tiny_params,
 )
 
-from jaxreason.model.attention import IMPLEMENTATIONS
 from jaxreason.model.execution import Execution
 
 FIRST, SECOND, LENGTH = 40, 50, 100  # two blocks of queries; document 2 is in both
@@ -54,13 +54,15 @@ def document_2(attention: str):
     return lambda batch: run(tiny_params(), batch)
 
 
-@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("simulated_kernels")
+@pytest.mark.parametrize("attention", RUN_HERE)
 def test_another_first_document_leaves_the_second_bit_equal(attention):
     before, after = map(document_2(attention), two_rows(segments=True))
     assert_trees_equal(after, before)
 
 
-@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("simulated_kernels")
+@pytest.mark.parametrize("attention", RUN_HERE)
 def test_without_segments_the_documents_leak(attention):
     """The check above can fail: with one segment for the whole row every array differs."""
     before, after = map(document_2(attention), two_rows(segments=False))
