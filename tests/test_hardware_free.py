@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxreason import launch
+from jaxreason.kernels import decode_pallas, flash
 from jaxreason.model import moe
-from jaxreason.model.config import preset
+from jaxreason.model.config import PRESETS, preset
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
@@ -25,7 +26,7 @@ from jaxreason.recipes.workdir import Workdir
 from jaxreason.train import optim
 from jaxreason.train import state as state_lib
 from jaxreason.train.step import make_train_step
-from jaxreason.types import Batch
+from jaxreason.types import AttentionMask, Batch
 
 
 def abstract_batch(mesh, rows, length) -> Batch:
@@ -114,6 +115,42 @@ def compiled_step(model: LanguageModel, rows: int, length: int):
     return step.lower(state, abstract_batch(model.mesh, rows, length), None).compile()
 
 
+KERNEL_CALLS = {"cuda": '"__gpu$xla.gpu.triton"', "tpu": '"tpu_custom_call"'}
+# (head_dim, query heads of a key/value head) of every preset: the rest is the size of the grid.
+HEADS = sorted({(c.head_dim, c.num_heads // c.num_kv_heads) for c in PRESETS.values()})
+
+
+@pytest.mark.hardware_free
+@needs_cuda_plugin
+@pytest.mark.parametrize("chip", ["b200", "h200"])
+@pytest.mark.parametrize("head_dim, group", HEADS)
+def test_attention_kernels_compile_for_absent_gpus(chip, head_dim, group):
+    """Flash forward and backward on packed, windowed rows, and decode over a prefix in fp8."""
+    place = jax.sharding.SingleDeviceSharding(chips.absent_gpus(chip)[0])
+    abstract = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    B, T, K, H = 4, 2048, 2, head_dim
+    q_BTNH, ids_BT = abstract(jnp.bfloat16, B, T, K * group, H), abstract(jnp.int32, B, T)
+    k_BTKH = abstract(jnp.bfloat16, B, T, K, H)
+
+    def loss(q_BTNH, k_BTKH, v_BTKH, ids_BT):
+        mask = AttentionMask(q_segments_BT=ids_BT, kv_segments_BS=ids_BT, window=1000)
+        return flash.attention(q_BTNH, k_BTKH, v_BTKH, mask)[0].astype(jnp.float32).sum()
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q_BTNH, k_BTKH, k_BTKH, ids_BT)
+    assert step.compile().as_text().count(f"custom_call_target={KERNEL_CALLS['cuda']}") == 3
+
+    def decode(q_BNH, k_BKSH, lengths_B, k_PKSH, lengths_P):
+        prefix = (k_PKSH, k_PKSH, lengths_P)
+        return decode_pallas.decode_attention(q_BNH, k_BKSH, k_BKSH, lengths_B, prefix=prefix)
+
+    fp8, ints = jnp.float8_e4m3fn, jnp.int32
+    lowered = jax.jit(decode).lower(
+        abstract(jnp.bfloat16, 32, K * group, H), abstract(fp8, 32, K, T, H), abstract(ints, 32),
+        abstract(fp8, 2, K, T, H), abstract(ints, 2),
+    )  # fmt: skip
+    assert lowered.compile().as_text().count(f"custom_call_target={KERNEL_CALLS['cuda']}") == 2
+
+
 @pytest.mark.hardware_free
 @needs_cuda_plugin
 @pytest.mark.parametrize("chip", ["b200", "h200"])
@@ -159,9 +196,6 @@ def test_other_families_compile_for_absent_gpus(chip, name, changes):
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < chips.CHIPS[chip].memory
     if experts:  # 8,192 tokens x 8 choices; never every choice with every expert
         assert "[128,65536," not in compiled.as_text()
-
-
-KERNEL_CALLS = {"cuda": '"__gpu$xla.gpu.triton"', "tpu": '"tpu_custom_call"'}
 
 
 @pytest.mark.hardware_free

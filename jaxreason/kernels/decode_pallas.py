@@ -123,8 +123,8 @@ def _kernel(
         at_S = j * keys + jnp.arange(keys)
         some_SH = (at_S < jnp.max(end_Q))[:, None] & dim_H[None]
         where = (p, h, pl.ds(j * keys, keys), dims)
-        k_SH = plt.load(k_PKSH.at[where], mask=some_SH, other=0).astype(q_QH.dtype)
-        v_SH = plt.load(v_PKSH.at[where], mask=some_SH, other=0).astype(q_QH.dtype)
+        k_SH = plt.load(k_PKSH.at[where], mask=some_SH, other=0.0).astype(q_QH.dtype)
+        v_SH = plt.load(v_PKSH.at[where], mask=some_SH, other=0.0).astype(q_QH.dtype)
         s_QS = scale * jnp.dot(q_QH, k_SH.T, preferred_element_type=jnp.float32)
         if soft_cap is not None:
             s_QS = soft_cap * jnp.tanh(s_QS / soft_cap)
