@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from jaxreason.kernels.differentiable import differentiable
 from jaxreason.kernels.manual_axes import vary, varying_axes
 from jaxreason.types import AttentionMask
 
@@ -42,7 +42,9 @@ def attention(
     """
     axes = varying_axes(q_BTNH, k_BSKH, v_BSKH, mask)
     qkv = (vary(x, axes) for x in (q_BTNH, k_BSKH, v_BSKH))
-    return _attention(min(block_q, q_BTNH.shape[1]), *qkv, mask)
+    block_q = min(block_q, q_BTNH.shape[1])
+    of = functools.partial
+    return differentiable(of(_forward, block_q), of(gradients, block_q=block_q))(*qkv, mask)
 
 
 class _Band(NamedTuple):
@@ -143,8 +145,7 @@ def _scores(mask: AttentionMask, band: _Band, queries: _Queries, k_BKSH):
     return s_BKGTS, slope
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(block_q, q_BTNH, k_BSKH, v_BSKH, mask):
+def _forward(block_q, q_BTNH, k_BSKH, v_BSKH, mask):
     T, K = q_BTNH.shape[1], k_BSKH.shape[2]
     queries = _queries(mask, block_q, q_BTNH, K)
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
@@ -172,22 +173,6 @@ def _band_forward(mask, band: _Band, queries: _Queries, k_BKSH, v_BKSH):
         )
 
     return _over_blocks(block, band, queries, None)[1]
-
-
-def _attention_fwd(block_q, q_BTNH, k_BSKH, v_BSKH, mask):
-    outputs = _attention(block_q, q_BTNH, k_BSKH, v_BSKH, mask)
-    out_BTNH, lse_BTN = (checkpoint_name(x, "attention") for x in outputs)
-    return (out_BTNH, lse_BTN), (q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, lse_BTN)
-
-
-def _attention_bwd(block_q, residuals, cotangents):
-    *inputs, out_BTNH, lse_BTN = residuals
-    dout_BTNH, dlse_BTN = cotangents
-    delta_BTN = (dout_BTNH.astype(jnp.float32) * out_BTNH).sum(-1) - dlse_BTN
-    return *gradients(*inputs, lse_BTN, delta_BTN, dout_BTNH, block_q=block_q), None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def gradients(
