@@ -1,499 +1,251 @@
-"""Speed of training, decoding, rollouts and the data, beside transformers where it is installed.
+"""Speed of kernels, of the start, of training, decoding, rollouts and the data, beside the peers.
 
-  python tools/bench.py train decode rollout data --json=bench.json
+  python tools/bench.py all --minutes=9 --json=bench.json     run again: goes on with what is left
+  python tools/bench.py attention linear_xent decode_attention --case=tiny
+  python tools/bench.py attention/4k train/0.6b
+  python tools/bench.py attention --tune       the best tiles of kernels/flash.py on this GPU
 
-Ours and theirs run in one process, in turn (A B A B), on the same weights and shapes, after a check
-that both compute the same: the losses of the first updates, the greedy tokens. The table gives
-medians with least and most, and the median of the rounds' ratios; beside it the same ratio by CPU
-time, which other work on the machine changes less. float32 on CPU, bfloat16 on accelerators.
+attention, linear_xent and decode_attention are kernels, each held against a reference in float32
+before it is timed; startup is the first update, cold and warm; train, decode, rollout and data are
+whole models. Ours and theirs run in turn (A B A B), on random normal data; tables give medians with
+least and most. FLOP/s and GB/s stand beside what a large matmul and a large copy reach in the same
+process. What cannot run a case has a row that says why. Without --case: what is meant for the
+device at hand, tiny and 10m on CPU.
+
+Exit codes: 0 done, 1 something computes the wrong thing or failed (the rest is measured), 2 a
+mistake in what was asked (one line says which).
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
-import importlib.util
-import json
 import math
 import os
 import pathlib
-import platform
-import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[0]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # no installation needed
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same device
 
-import bench_peers as peers
+import bench_attention
+import bench_kernels
+import bench_models
+import bench_parts
+import bench_startup
+import bench_timing
+import bench_tune
 import jax
-import numpy as np
 import rich.console
 import rich.table
+from bench_parts import Found, Part, Store, Suite
 
-from jaxreason.model.config import DecoderConfig, preset
-from jaxreason.model.decoder import LanguageModel
-from jaxreason.model.execution import Execution
-from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel.allocator import keep_freed_memory
-from jaxreason.rollout.engine import EngineConfig
-from jaxreason.rollout.generate import build_generate
-from jaxreason.train import optim, state
-from jaxreason.train.step import make_train_step
-from jaxreason.types import Batch, Params, Sampling
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-Run = Callable[[], int]  # does the work, returns the tokens it made
-NO_EOS = -1  # an id that no token has: every completion runs to its limit
-DECODE_ROWS, PROMPT, NEW = 64, 16, 64
-# Requests, lengths of their prompts, tokens of their completions; the batches that the peer tries.
-REQUESTS, PROMPTS, LIMITS, BATCHES = 256, (16, 64), (16, 512), (32, 64, 128, 256)
-GROUP, GROUP_PROMPT, GROUP_NEW = 16, 256, 64  # samples of one prompt, its length, their length
-ROUND_SECONDS = 0.5  # at least, for each side of a round
-OPTIMIZER = optim.OptimizerConfig(learning_rate=1e-4, schedule="constant")
-VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "torch", "transformers")
 
+def _of_models(bench) -> Suite:
+    def run(case, settings) -> Found:
+        return bench_models.records(case, bench(case, settings)), []
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model and the batch it trains on; the goals are ratios, ours over theirs."""
-
-    name: str
-    config: DecoderConfig
-    rows: int
-    length: int
-    train_goal: float
-    decode_goal: float
-    feeds: dict[str, str]  # data: name -> the shipped config (and stage) that names the source
-    rollout_goal: float = 3.0
-
-
-CASES = {
-    # The quickstart's model and its long-CoT batch (tests/tools/test_bench.py holds it to that).
-    "tiny": Case(
-        "tiny", preset("qwen3-tiny", vocab_size=261), 48, 160, 0.95, 2.0,
-        {"sft_cot": "quickstart:smoke"}, 4.0,
-    ),
-    "10m": Case(
-        "10m", preset("qwen3-10m"), 8, 256, 0.95, 1.5, {"books": "pretrain", "gsm8k": "sft"}
-    ),
-}  # fmt: skip
-DATA_GOAL, SHARING_GOAL = 10.0, 1.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    rounds: int
-    deadline: float  # time.monotonic() after which no round begins
-    compiled: bool  # try torch.compile
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Rates (tokens/s) and CPU seconds a token of every round; no peer: `theirs` is empty."""
-
-    suite: str
-    case: str
-    shape: str
-    goal: float
-    ours: list[float]
-    ours_cpu: list[float]
-    theirs: list[float]
-    theirs_cpu: list[float]
-    peer: str  # which one, or why there is none
-
-    @property
-    def ratio(self) -> float | None:
-        """The median of the rounds' ratios: what slows both sides of a round cancels."""
-        pairs = zip(self.ours, self.theirs)
-        return statistics.median(a / b for a, b in pairs) if self.theirs else None
-
-    @property
-    def cpu_ratio(self) -> float | None:
-        pairs = zip(self.ours_cpu, self.theirs_cpu)
-        return statistics.median(b / a for a, b in pairs) if self.theirs_cpu else None
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suites", nargs="*", default=["all"], help=f"{', '.join(SUITES)} or all")
-    parser.add_argument("--models", default=",".join(CASES), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no round begins after them")
-    parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures of every round here")
-    args = parser.parse_args(argv)
-    suites = list(SUITES) if "all" in args.suites else args.suites
-    names = args.models.split(",")
-    for kind, given, known in (("suite", suites, SUITES), ("model", names, CASES)):
-        for name in given:
-            if name not in known:
-                parser.error(f"unknown {kind} {name!r}; there are {', '.join(known)}")
-    keep_freed_memory()
-    console = rich.console.Console()
-    console = console if console.is_terminal else rich.console.Console(width=160)
-    deadline = time.monotonic() + 60 * args.minutes
-    settings = Settings(args.rounds, deadline, not args.no_compile)
-    about, results = _machine(), []
-    for suite in suites:
-        for name in names:
-            console.print(f"{suite} {name} ...")
-            for result in SUITES[suite](CASES[name], settings):
-                if isinstance(result, str):
-                    console.print(f"  left out: {result}")
-                else:
-                    results.append(result)
-    console.print(_table(results))
-    if args.json:
-        about["load_after"] = os.getloadavg()
-        content = {"machine": about, "results": [_record(r) for r in results]}
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
-
-
-# ------------------------------------------------------------------------------- measuring
-
-
-def in_turn(
-    settings: Settings, ours: Run, theirs: Run | None, long: bool = False
-) -> dict[str, list[float]]:
-    """The lists of a Result. Both have run before; each side of a round lasts ROUND_SECONDS.
-
-    A `long` run lasts them by itself, and is not repeated to find that out.
-    """
-    runs = {"ours": ours} if theirs is None else {"ours": ours, "theirs": theirs}
-    needed = lambda run: 1 if long else math.ceil(ROUND_SECONDS / _fastest(run, 2))
-    repeats = {name: needed(run) for name, run in runs.items()}
-    found = {"ours": [], "ours_cpu": [], "theirs": [], "theirs_cpu": []}
-    for number in range(settings.rounds):
-        if number and time.monotonic() > settings.deadline:
-            break
-        for name, run in runs.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            tokens = sum(run() for _ in range(repeats[name]))
-            found[name].append(tokens / (time.perf_counter() - wall))
-            found[f"{name}_cpu"].append((time.process_time() - cpu) / tokens)
-    return found
-
-
-def best_variant(variants: dict[str, Run]) -> tuple[str, Run]:
-    """The fastest by its best of three runs, after one that warms it."""
-    seconds = {}
-    for name, run in variants.items():
-        run()
-        seconds[name] = _fastest(run, 3)
-    name = min(seconds, key=seconds.get)
-    return name, variants[name]
-
-
-def _fastest(run: Run, times: int) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
-def language_model(case: Case) -> LanguageModel:
-    """As the recipes run it on this device: see recipes.assemble.execution."""
-    how = Execution() if on_cpu() else Execution(dtype="bfloat16", scan_layers=True)
-    return LanguageModel(case.config, how)
-
-
-# ---------------------------------------------------------------------------------- train
-
-
-def bench_train(case: Case, settings: Settings) -> list[Result | str]:
-    """A whole update: forward, backward, clipping, AdamW."""
-    model, batch = language_model(case), random_batch(case)
-    step, params = train_step(model, batch)
-    shape = f"{case.rows} x {case.length}, vocabulary {case.config.vocab_size}"
-    result = dict(suite="train", case=case.name, shape=shape, goal=case.train_goal)
-    tokens = case.rows * case.length
-
-    def ours() -> int:
-        jax.block_until_ready(step())
-        return tokens
-
-    reason = peers.missing()
-    if reason:
-        ours()
-        return [Result(**result, **in_turn(settings, ours, None), peer=reason)]
-    with peers.load(case.config, params, bfloat16=False) as peer:
-        steps, remark = peers.train_steps(
-            peer, batch, OPTIMIZER, autocast=not on_cpu(), compiled=settings.compiled
-        )
-        _check_losses([float(step()) for _ in range(3)], steps["eager fused"])
-        variant, theirs = best_variant({n: _counting(s, tokens) for n, s in steps.items()})
-        peer_name = ", ".join(filter(None, (variant, remark)))
-        return [Result(**result, **in_turn(settings, ours, theirs), peer=peer_name)]
-
-
-def train_step(model: LanguageModel, batch: Batch):
-    """(a closure that makes one update and returns its loss, the parameters it starts from)."""
-    optimizer = optim.make_optimizer(OPTIMIZER, model.axes)
-    schedule = optim.make_schedule(OPTIMIZER, 1)
-    update = make_train_step(
-        model, LanguageModeling(), optimizer, schedule, clip_norm=OPTIMIZER.clip_norm
-    )
-    now = state.create(model, optimizer, jax.random.key(0))
-    start = jax.device_get(now.params)
-
-    def step() -> jax.Array:
-        nonlocal now
-        now, metrics = update(now, batch, None)
-        return metrics["loss"]
-
-    return step, start
-
-
-def _check_losses(ours: list[float], their_step: Callable) -> None:
-    theirs = [float(their_step()) for _ in ours]
-    tolerance = 1e-4 if on_cpu() else 2e-2
-    if not np.allclose(ours, theirs, rtol=tolerance):
-        raise SystemExit(f"error: the first losses are {ours} here and {theirs} in transformers")
-
-
-def _counting(step: Callable, tokens: int) -> Run:
-    def run() -> int:
-        step().item()  # waits for the device
-        return tokens
-
-    return run
-
-
-def random_batch(case: Case) -> Batch:
-    """Full rows of one document each; a fifth of the targets has no weight, as in a prompt."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, case.config.vocab_size, (case.rows, case.length + 1)).astype(np.int32)
-    shape = (case.rows, case.length)
-    return Batch(
-        tokens_BT=ids[:, :-1],
-        targets_BT=ids[:, 1:],
-        weights_BT=(rng.random(shape) < 0.8).astype(np.float32),
-        segments_BT=np.ones(shape, np.int32),
-        positions_BT=np.tile(np.arange(case.length, dtype=np.int32), (case.rows, 1)),
-    )
-
-
-# --------------------------------------------------------------------------------- decode
-
-
-def bench_decode(case: Case, settings: Settings) -> list[Result | str]:
-    """Equal prompts, greedy, a fixed number of tokens; from ids to `Completion`s, with prefill."""
-    model, params = clear_model(case)
-    generate = build_generate(model, list, str, NO_EOS, EngineConfig(slots=DECODE_ROWS))
-    prompts = np.random.default_rng(0).integers(0, 256, (DECODE_ROWS, PROMPT)).tolist()
-    sampling, key = Sampling(max_tokens=NEW, temperature=0.0), jax.random.key(0)
-    shape = f"{DECODE_ROWS} x ({PROMPT} + {NEW})"
-    result = dict(suite="decode", case=case.name, shape=shape, goal=case.decode_goal)
-
-    def ours() -> int:
-        generate(params, prompts, sampling, key)
-        return DECODE_ROWS * NEW
-
-    reason = peers.missing()
-    if reason:
-        ours()
-        return [Result(**result, **in_turn(settings, ours, None), peer=reason)]
-    with peers.load(case.config, params, bfloat16=not on_cpu()) as peer:
-        made = peers.generators(peer, prompts, NEW)
-        found = np.array([row[0].ids for row in generate(params, prompts, sampling, key)])
-        gaps = peers.first_differences(peer, prompts, found, made["dynamic cache"]())
-        if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
-            raise SystemExit(f"error: {len(gaps)} rows have other tokens, by gaps of {gaps}")
-        variant, theirs = best_variant({n: lambda m=m: m().size for n, m in made.items()})
-        same = f"{variant}; same tokens in {DECODE_ROWS - len(gaps)} of {DECODE_ROWS} rows"
-        return [Result(**result, **in_turn(settings, ours, theirs), peer=same)]
-
-
-def clear_model(case: Case) -> tuple[LanguageModel, Params]:
-    """Layers 5 times their initial size: clear winners, so that both sides choose the same."""
-    model = language_model(case)
-    return model, jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model.init(jax.random.key(0)))
-
-
-# -------------------------------------------------------------------------------- rollout
-
-
-def bench_rollout(case: Case, settings: Settings) -> list[Result | str]:
-    """Requests of mixed lengths that all run to their own limit, greedy, from ids to `Completion`s.
-
-    The peer takes them in the order they come, in its best batch, each batch to its longest row, or
-    by its continuous batching. Then the samples of one prompt, with and without a shared prefix.
-    """
-    model, params = clear_model(case)
-    prompts, limits = rollout_requests()
-    samplings = [Sampling(max_tokens=n, temperature=0.0, ignore_eos=True) for n in limits]
-    generate, key = build_generate(model, list, str, NO_EOS), jax.random.key(0)
-    settings = dataclasses.replace(settings, rounds=min(settings.rounds, 3))
-    shape = f"{REQUESTS} x ({PROMPTS[0]}-{PROMPTS[1]} + {LIMITS[0]}-{LIMITS[1]})"
-    result = dict(suite="rollout", case=case.name, shape=shape, goal=case.rollout_goal)
-
-    def ours() -> int:
-        return sum(row[0].num_tokens for row in generate(params, prompts, samplings, key))
-
-    found = [row[0].ids for row in generate(params, prompts, samplings, key)]
-    sharing = _bench_sharing(case, settings, model, params)
-    reason = peers.missing()
-    if reason:
-        return [Result(**result, **in_turn(settings, ours, None, long=True), peer=reason), sharing]
-    with peers.load(case.config, params, bfloat16=not on_cpu()) as peer:
-        runs = peers.rollouts(peer, prompts, limits, BATCHES)
-        name, made = peers.best_rollout(runs)
-        first = slice(0, BATCHES[0])  # comparing them all would take as long as making them
-        gaps = peers.first_differences(peer, prompts[first], *_padded(found[first], made[first]))
-        if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
-            raise SystemExit(f"error: {len(gaps)} rows have other tokens, by gaps of {gaps}")
-        theirs = lambda run=runs[name]: sum(map(len, run()))
-        name += f"; same tokens in {BATCHES[0] - len(gaps)} of {BATCHES[0]} rows"
-        return [Result(**result, **in_turn(settings, ours, theirs, long=True), peer=name), sharing]
-
-
-def rollout_requests() -> tuple[list[list[int]], list[int]]:
-    """(prompts, tokens of each completion), the same every time."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(PROMPTS[0], PROMPTS[1] + 1, REQUESTS)
-    limits = rng.integers(LIMITS[0], LIMITS[1] + 1, REQUESTS)
-    return [rng.integers(0, 256, n).tolist() for n in sizes], limits.tolist()
-
-
-def _padded(*sides: list) -> tuple[np.ndarray, ...]:
-    longest = max(len(ids) for side in sides for ids in side)
-    return tuple(np.array([[*ids, *[0] * (longest - len(ids))] for ids in side]) for side in sides)
-
-
-def _bench_sharing(case: Case, settings: Settings, model: LanguageModel, params: Params) -> Result:
-    prompt = np.random.default_rng(0).integers(0, 256, GROUP_PROMPT).tolist()
-    sampling = Sampling(max_tokens=GROUP_NEW, ignore_eos=True, num_samples=GROUP)
-
-    def run(share: bool) -> Run:
-        config = EngineConfig(share_prefix=share)
-        generate = build_generate(model, list, str, NO_EOS, config)
-        ids = lambda: [c.ids for c in generate(params, [prompt], sampling, jax.random.key(0))[0]]
-        return lambda: sum(map(len, ids()))
-
-    shared, alone = run(True), run(False)
-    shared(), alone()
-    return Result(
-        "rollout", case.name, f"{GROUP} samples of {GROUP_PROMPT} + {GROUP_NEW}", SHARING_GOAL,
-        **in_turn(settings, shared, alone), peer="ours, no prefix shared",
-    )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------- data
-
-
-def bench_data(case: Case, settings: Settings) -> list[Result | str]:
-    """Batches as the loop takes them, against the train step that eats them (same shape)."""
-    for name in ("grain", "tensorflow_datasets", "ml_collections"):
-        if importlib.util.find_spec(name) is None:
-            return [f"{name} is not installed"]
-    step, _ = train_step(language_model(case), random_batch(case))
-
-    def eaten() -> int:
-        jax.block_until_ready(step())
-        return case.rows * case.length
-
-    return [_bench_feed(case, settings, feed, eaten) for feed in case.feeds]
-
-
-def _bench_feed(case: Case, settings: Settings, feed: str, eaten: Run) -> Result | str:
-    from jaxreason.data import pipeline, sources
-    from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
-    from jaxreason.launch import load_config
-    from jaxreason.recipes import assemble
-    from jaxreason.text.tokenizer import ByteTokenizer, load_tokenizer
-
-    config, tokenizer = load_config(case.feeds[feed]), ByteTokenizer()
-    section = config.stages[feed] if "stages" in config else config
-    if feed != "sft_cot":
-        if not sources.data_root().is_dir():
-            return f"{feed}: no data at {sources.data_root()} (set JAXREASON_DATA)"
-        tokenizer = load_tokenizer(sources.data_root() / "tokenizer_qwen3")
-        section.data.update(rows=case.rows, length=case.length, num_shards=1)
-        section.data.truncation = "keep_start"
-    with tempfile.TemporaryDirectory() as folder:
-        if "arithmetic" in config:
-            arithmetic = ArithmeticConfig(**config.arithmetic.to_dict())
-            prepare_arithmetic(arithmetic, pathlib.Path(folder) / "arithmetic")
-        batches = pipeline.build(assemble.data_config(config, section), tokenizer, folder)
-
-        def fed() -> int:  # of so many batches, those made in advance are few
-            return sum(next(batches).tokens_BT.size for _ in range(20 * pipeline.PREFETCH))
-
-        fed(), eaten()
-        found = in_turn(settings, fed, eaten)
-        batches.close()
-    shape = f"{case.rows} x {case.length}, {type(tokenizer).__name__}"
-    return Result("data", f"{case.name} {feed}", shape, DATA_GOAL, **found, peer="our train step")
+    return Suite(bench_models.CASES, run)
 
 
 SUITES = {
-    "train": bench_train,
-    "decode": bench_decode,
-    "rollout": bench_rollout,
-    "data": bench_data,
+    "attention": Suite(bench_attention.ROWS_CASES, bench_attention.bench_rows),
+    "linear_xent": Suite(bench_kernels.HEAD_CASES, bench_kernels.bench_head),
+    "decode_attention": Suite(bench_attention.QUERY_CASES, bench_attention.bench_queries),
+    "startup": Suite(bench_models.CASES, bench_startup.bench_startup),
+    "train": _of_models(bench_models.bench_train),
+    "decode": _of_models(bench_models.bench_decode),
+    "rollout": _of_models(bench_models.bench_rollout),
+    "data": _of_models(bench_models.bench_data),
 }
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    console = rich.console.Console(highlight=False)
+    console = console if console.is_terminal else rich.console.Console(width=160, highlight=False)
+    try:
+        _check(args)
+        if args.tune:
+            return _tune(args, console)
+        store = Store(args.json)
+        if "all" in args.suites and not args.here:
+            return _slot(args, store, console)
+        keep_freed_memory()
+        store.check_device(jax.devices()[0].device_kind)
+        parts = bench_parts.choose(args.suites, args.cases, SUITES, bench_timing.on_cpu())
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * args.minutes
+    settings = bench_timing.Settings(args.rounds, deadline, not args.no_compile)
+    show = lambda name, found: _show(console, name, found)
+    try:
+        bench_parts.measure(parts, SUITES, settings, store, show)
+    except bench_kernels.DeviceLostError as error:
+        print(f"error: the device is lost: {error}", file=sys.stderr)
+        return 1
+    return _summary(parts, store, console)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=__doc__, formatter_class=raw)
+    names = f"all, {', '.join(SUITES)}, or one case of them: attention/4k"
+    parser.add_argument("suites", nargs="*", default=["all"], metavar="SUITE", help=names)
+    parser.add_argument("--case", default="", help="cases, as in tiny,10m; default: the device's")
+    parser.add_argument("--rounds", type=int, default=7, help="of A B A B; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no round begins after them")
+    parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
+    parser.add_argument("--tune", action="store_true", help="tiles of flash attention")
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="what is found; an old one is gone on with"
+    )
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a process of `all`
+    return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be."""
+    args.cases = [name for name in args.case.split(",") if name]
+    if args.rounds < 1:
+        raise ValueError(f"--rounds is {args.rounds}; it must be at least 1")
+    if not 0 < args.minutes < math.inf:
+        raise ValueError(f"--minutes is {args.minutes:g}; it must be above 0 and finite")
+    if args.tune and args.suites != ["attention"]:
+        raise ValueError(f"--tune is for attention alone, not {' '.join(args.suites)}")
+    bench_parts.choose(args.suites, args.cases, SUITES, cpu=True)
+
+
+def _tune(args: argparse.Namespace, console: rich.console.Console) -> int:
+    if jax.default_backend() != "gpu":
+        raise ValueError(f"--tune needs a GPU; JAX's devices here are {jax.default_backend()}")
+    deadline = time.monotonic() + 60 * args.minutes
+    found = bench_tune.tune_all(
+        args.cases, deadline, lambda line: console.print(line, markup=False)
+    )
+    console.print(bench_tune.table(found), markup=False)
+    if args.json:
+        bench_tune.write(args.json, found)
+    return 0
+
+
+def _slot(args: argparse.Namespace, store: Store, console: rich.console.Console) -> int:
+    """All parts, in processes of their own; this one touches no device."""
+    end = time.monotonic() + 60 * args.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    platform, kind = bench_parts.device()
+    store.check_device(kind)
+    parts = bench_parts.choose(args.suites, args.cases, SUITES, platform == "cpu")
+
+    def start(batch: list[Part], seconds: float) -> subprocess.Popen:
+        command = [sys.executable, __file__, "--here", *(part.name for part in batch)]
+        command += [f"--json={store.path}", f"--minutes={seconds / 60}", f"--rounds={args.rounds}"]
+        command += ["--no-compile"] * args.no_compile
+        return subprocess.Popen(command, start_new_session=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        store.path = store.path or pathlib.Path(folder) / "bench.json"
+        bench_parts.spend(parts, store, end, start)
+    return _summary(parts, store, console)
 
 
 # --------------------------------------------------------------------------------- report
 
 
-def _table(results: list[Result]) -> rich.table.Table:
+def _summary(parts: list[Part], store: Store, console: rich.console.Console) -> int:
+    """What is left, failed and wrong, a line each; 1 where something is."""
+    say = lambda line: console.print(line, markup=False, soft_wrap=True)
+    wrong = [e for part in parts for e in store.part(part.name).get("errors", [])]
+    failed = [p for p in parts if store.state(p.name) == "failed"]
+    left = [p.name for p in parts if store.state(p.name) in ("left", "running")]
+    done = len(parts) - len(failed) - len(left)
+    say(f"{done} of {len(parts)} parts done")
+    if left:
+        say(f"no time was left for {' '.join(left)}; the same command goes on with them")
+    for part in failed:
+        print(f"error: {part.name} failed: {store.part(part.name)['why']}", file=sys.stderr)
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if wrong or failed else 0
+
+
+def _show(console: rich.console.Console, name: str, found: dict) -> None:
+    rows, took = found["rows"], f"({found['seconds']:.0f} s)"
+    for row in rows:
+        if "left_out" in row:
+            console.print(f"{name} {took}: left out: {row['left_out']}", markup=False)
+    rows = [row for row in rows if "left_out" not in row]
+    if rows and "name" in rows[0]:
+        console.print(f"{name} {took}: {rows[0]['shape']}", markup=False)
+        console.print(_kernels(rows))
+        if rows[0]["unit"] in ("TFLOP/s", "GB/s"):
+            console.print(_peak(rows[0]["unit"]), markup=False)
+    elif rows:
+        console.print(f"{name} {took}", markup=False)
+        console.print(_whole_models(rows))
+
+
+def _peak(unit: str) -> str:
+    peaks = bench_timing.peaks()
+    if unit == "GB/s":
+        return f"copy, bytes read and written: {peaks.bandwidth / 1e9:,.4g} GB/s"
+    sheet = peaks.datasheet_flops and f", data sheet {peaks.datasheet_flops / 1e12:g}"
+    return f"matmul {peaks.matmul}: {peaks.flops / 1e12:,.3g} TFLOP/s{sheet or ''}"
+
+
+def _kernels(rows: list[dict]) -> rich.table.Table:
+    unit, seconds = rows[0]["unit"], rows[0]["unit"] == "s"
+    columns = ["mode", "implementation", "s" if seconds else "ms"]
+    if not seconds:
+        columns += [unit, "% of peak", "x baseline", "error", "temp MB"]
+    table = rich.table.Table(*columns, "")
+    shown = lambda value, pattern: "" if value is None else format(value, pattern)
+    for row in rows:
+        cells = [row["mode"], row["name"], _spread(row["seconds"], 1 if seconds else 1e3, ".4g")]
+        if not seconds:
+            cells += [shown(row["rate"], ",.4g"), shown(row["percent"], ".1f")]
+            cells += [shown(row["ratio"], ".2f"), shown(row["error"], ".1g")]
+            cells += [shown(row["temporaries"] and row["temporaries"] / 1e6, ",.0f")]
+        baseline = "baseline" if row["name"] == row["baseline"] else ""
+        table.add_row(*cells, row["reason"] or baseline)
+    return table
+
+
+def _whole_models(rows: list[dict]) -> rich.table.Table:
     columns = ("suite", "case", "shape", "ours tok/s", "theirs tok/s", "ratio", "by CPU", "goal")
     table = rich.table.Table(*columns, "peer")
     number = lambda x: "" if x is None else f"{x:.2f}"
-    spread = lambda x: f"{statistics.median(x):,.0f} ({min(x):,.0f}-{max(x):,.0f})" if x else ""
-    for r in results:
+    for row in rows:
+        r = bench_models.Result(
+            **{f.name: row[f.name] for f in dataclasses.fields(bench_models.Result)}
+        )
         table.add_row(
-            r.suite, r.case, r.shape, spread(r.ours), spread(r.theirs), number(r.ratio),
+            r.suite, r.case, r.shape, _spread(r.ours), _spread(r.theirs), number(r.ratio),
             number(r.cpu_ratio), f"{r.goal:g}", r.peer,
         )  # fmt: skip
     return table
 
 
-def _record(result: Result) -> dict:
-    ratios = {"ratio": result.ratio, "cpu_ratio": result.cpu_ratio}
-    return {**dataclasses.asdict(result), **ratios}
-
-
-def _machine() -> dict:
-    """Where, when and with what: a figure without these is none."""
-    ask = lambda *command: subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    about = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()),
-        "commit": ask("git", "describe", "--always", "--dirty"),
-        "device": jax.devices()[0].device_kind,
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: installed[name] for name in VERSIONS if name in installed},
-        "load_before": os.getloadavg(),
-    }
-    if shutil.which("nvidia-smi"):
-        fields = "name,driver_version,power.limit,clocks.sm,clocks.mem"
-        about["gpu"] = ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
-    return about
-
-
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def _spread(values: list[float], scale: float = 1.0, pattern: str = ",.0f") -> str:
+    """Median, least and most."""
+    if not values:
+        return ""
+    ends = (f"{scale * x:{pattern}}" for x in (statistics.median(values), min(values), max(values)))
+    return "{} ({}-{})".format(*ends)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,33 +1,42 @@
 """transformers and torch on the same weights and shapes: what tools/bench.py measures against.
 
-Each function returns variants, by name, of one piece of work; the fastest of them is the peer.
+Functions of whole models return variants, by name, of one piece of work; the fastest of them is the
+peer. Those of kernels take our arrays, which torch reads where they are, and return `Timed`s.
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import pathlib
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from bench_timing import Timed
 
 from jaxreason.checkpoint import hf
 from jaxreason.model.config import DecoderConfig
 from jaxreason.train.optim import OptimizerConfig
 from jaxreason.types import Batch, Params
 
-Run = Callable[[], int]  # does the work, returns the tokens it made
-
 
 def missing() -> str | None:
     """Why there is nothing to compare with; None where there is."""
-    for name in ("torch", "transformers", "safetensors"):
+    for name in ("transformers", "safetensors"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
+    return torch_missing()
+
+
+def torch_missing() -> str | None:
+    """The same of torch alone."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
     import torch
 
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
@@ -35,6 +44,11 @@ def missing() -> str | None:
     if jax.default_backend() not in ("cpu", "gpu"):
         return f"torch does not run on {jax.default_backend()}"
     return None
+
+
+def no_compiler() -> str:
+    """Why torch.compile cannot run; "" where it can."""
+    return "" if shutil.which("g++") else "no g++"
 
 
 @contextlib.contextmanager
@@ -52,7 +66,18 @@ def load(config: DecoderConfig, params: Params, bfloat16: bool) -> Iterator:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa"
         )
-        yield model.to(device)
+        with _fastest_attention(device):
+            yield model.to(device)
+
+
+def _fastest_attention(device: str):
+    """cuDNN's before the others: 1.7 to 2.3 times torch's own choice on Hopper."""
+    if device == "cpu":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
 # --------------------------------------------------------------------------------- train
@@ -68,8 +93,8 @@ def train_steps(
     import torch
 
     forwards, remark = {"eager": model}, ""
-    if compiled and shutil.which("g++") is None:
-        remark = "torch.compile left out: no g++"
+    if compiled and no_compiler():
+        remark = f"torch.compile left out: {no_compiler()}"
     elif compiled:
         forwards["compile"] = torch.compile(model)
     return {
@@ -230,3 +255,107 @@ def first_differences(model, prompts: list[list[int]], ours: np.ndarray, theirs:
             best = model(ids).logits[0, -1].float().topk(2).values
         gaps.append(float(best[0] - best[1]))
     return gaps
+
+
+# ------------------------------------------------------------------------------- kernels
+
+
+def tokamax():
+    """The package, whose flags would otherwise be looked for among those of this program."""
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()
+    import tokamax
+
+    return tokamax
+
+
+def torch_backends() -> dict[str, str | None]:
+    """{name of an entrant: the backend of torch's attention that it asks for}."""
+    if jax.default_backend() == "cpu":
+        return {"torch": None}
+    return {"torch cudnn": "CUDNN_ATTENTION", "torch flash": "FLASH_ATTENTION"}
+
+
+def attention(
+    operands: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    backend: str | None,
+    dout_BTNH: jax.Array | None = None,
+    see_BTS: jax.Array | None = None,
+    causal: bool = True,
+) -> Timed:
+    """Attention of every (q_BTNH, k_BSKH, v_BSKH); `see_BTS`, without `causal`: which keys count.
+
+    Makes a list of {"out"}; with `dout_BTNH`, of one triple alone, {"out", "dq", "dk", "dv"}.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    triples = [[_torch(x) for x in triple] for triple in operands]
+    mask = None if see_BTS is None else _torch(see_BTS)[:, None]
+    dout = None if dout_BTNH is None else _torch(dout_BTNH)
+    for leaf in triples[0]:
+        leaf.requires_grad_(dout is not None)
+    choose = contextlib.nullcontext
+    if backend:
+        choose = functools.partial(sdpa_kernel, getattr(SDPBackend, backend))
+
+    def one(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    def run():
+        with choose():
+            if dout is None:
+                with torch.no_grad():
+                    return [{"out": one(*triple)} for triple in triples]
+            out = one(*triples[0])
+            gradients = torch.autograd.grad(out, triples[0], dout)
+        return {"out": out} | dict(zip(("dq", "dk", "dv"), gradients))
+
+    return _heard(Timed(run, _wait))
+
+
+def linear_xent(h_TD: jax.Array, w_VD: jax.Array, targets_T: jax.Array, backward: bool) -> Timed:
+    """The mean cross-entropy of a linear head as torch's users write it."""
+    import torch
+
+    h, w, targets = _torch(h_TD), _torch(w_VD), _torch(targets_T).long()
+    h.requires_grad_(backward), w.requires_grad_(backward)
+
+    def run():
+        loss = torch.nn.functional.cross_entropy((h @ w.T).float(), targets)
+        if not backward:
+            return {"loss": loss}
+        return {"loss": loss.detach()} | dict(zip(("dh", "dw"), torch.autograd.grad(loss, (h, w))))
+
+    return Timed(run, _wait)
+
+
+def _torch(x: jax.Array):
+    """The same memory as a tensor."""
+    import torch
+
+    return torch.from_dlpack(jax.block_until_ready(x))
+
+
+def _wait(made) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _heard(run: Timed) -> Timed:
+    """Run once; what torch then warns of (why no kernel will do) becomes part of its error."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            run.once()
+        except RuntimeError as error:
+            said = "; ".join(str(w.message).split(" (Triggered")[0] for w in warned)
+            raise RuntimeError(f"{said or error}") from error
+    return run
