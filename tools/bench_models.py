@@ -161,7 +161,7 @@ def _check_losses(ours: list[float], their_step: Callable) -> None:
     theirs = [float(their_step()) for _ in ours]
     tolerance = 1e-4 if on_cpu() else 2e-2
     if not np.allclose(ours, theirs, rtol=tolerance):
-        raise SystemExit(f"error: the first losses are {ours} here and {theirs} in transformers")
+        raise RuntimeError(f"the first losses are {ours} here and {theirs} in transformers")
 
 
 def _counting(step: Callable, tokens: int) -> Run:
@@ -211,7 +211,7 @@ def bench_decode(case: Case, settings: Settings) -> list[Result | str]:
         found = np.array([row[0].ids for row in generate(params, prompts, sampling, key)])
         gaps = peers.first_differences(peer, prompts, found, made["dynamic cache"]())
         if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
-            raise SystemExit(f"error: {len(gaps)} rows have other tokens, by gaps of {gaps}")
+            raise RuntimeError(f"{len(gaps)} rows have other tokens, by gaps of {gaps}")
         variant, theirs = best_variant({n: lambda m=m: m().size for n, m in made.items()})
         same = f"{variant}; same tokens in {DECODE_ROWS - len(gaps)} of {DECODE_ROWS} rows"
         return [Result(**result, **in_turn(settings, ours, theirs), peer=same)]
@@ -254,7 +254,7 @@ def bench_rollout(case: Case, settings: Settings) -> list[Result | str]:
         first = slice(0, BATCHES[0])  # comparing them all would take as long as making them
         gaps = peers.first_differences(peer, prompts[first], *_padded(found[first], made[first]))
         if max(gaps, default=0.0) > (1e-3 if on_cpu() else 0.1):
-            raise SystemExit(f"error: {len(gaps)} rows have other tokens, by gaps of {gaps}")
+            raise RuntimeError(f"{len(gaps)} rows have other tokens, by gaps of {gaps}")
         theirs = lambda run=runs[name]: sum(map(len, run()))
         name += f"; same tokens in {BATCHES[0] - len(gaps)} of {BATCHES[0]} rows"
         return [Result(**result, **in_turn(settings, ours, theirs, long=True), peer=name), sharing]

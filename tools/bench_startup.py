@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # no insta
 
 import bench_models as models
 import bench_peers as peers
+import numpy as np
 from bench_timing import Settings
 
 from jaxreason.checkpoint.hf_config import config_to_hf
@@ -87,7 +88,7 @@ def _errors(case: models.Case, found: dict) -> list[str]:
     errors = []
     for name, kinds in found.items():
         losses = [start["loss"] for starts in kinds.values() for start in starts]
-        if not max(losses) - min(losses) <= 1e-3 * abs(max(losses)):  # NaN is an error, too
+        if not np.ptp(losses) <= 1e-3 * np.abs(losses).max():  # NaN is an error, too
             errors.append(f"startup/{case.name} {name}: first losses differ: {losses}")
     return errors
 
