@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     console = console if console.is_terminal else rich.console.Console(width=160, highlight=False)
     try:
         _check(args)
-        if args.tune:
-            return _tune(args, console)
         store = Store(args.json)
+        if args.tune:
+            return _tune(args, store, console)
         if "all" in args.suites and not args.here:
             return _slot(args, store, console)
         keep_freed_memory()
@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     show = lambda name, found: _show(console, name, found)
     try:
         bench_parts.measure(parts, SUITES, settings, store, show)
-    except bench_kernels.DeviceLostError as error:
+    except bench_timing.DeviceLostError as error:
         print(f"error: the device is lost: {error}", file=sys.stderr)
         return 1
-    return _summary(parts, store, console)
+    return _summary(parts, store, console, quiet=args.here)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,16 +129,21 @@ def _check(args: argparse.Namespace) -> None:
     bench_parts.choose(args.suites, args.cases, SUITES, cpu=True)
 
 
-def _tune(args: argparse.Namespace, console: rich.console.Console) -> int:
+def _tune(args: argparse.Namespace, store: Store, console: rich.console.Console) -> int:
+    """Head dims that are in the file already are not tuned again."""
     if jax.default_backend() != "gpu":
         raise ValueError(f"--tune needs a GPU; JAX's devices here are {jax.default_backend()}")
     deadline = time.monotonic() + 60 * args.minutes
-    found = bench_tune.tune_all(
-        args.cases, deadline, lambda line: console.print(line, markup=False)
-    )
-    console.print(bench_tune.table(found), markup=False)
-    if args.json:
-        bench_tune.write(args.json, found)
+    say = lambda line: console.print(line, markup=False, soft_wrap=True)
+    store.check_device(jax.devices()[0].device_kind)
+    cases = bench_tune.cases(args.cases)
+    left = [case for case in cases if store.state(f"tune/{case}") != "done"]
+    store.begin_run(bench_timing.machine())
+    for tuned in bench_tune.tune(left, deadline, say):
+        run, found = len(store.content["runs"]) - 1, dataclasses.asdict(tuned)
+        store.update(f"tune/{tuned.case}", state="done", run=run, tuned=found)
+    done = [store.part(f"tune/{case}").get("tuned") for case in cases]
+    say(bench_tune.table([found for found in done if found]))
     return 0
 
 
@@ -165,12 +170,16 @@ def _slot(args: argparse.Namespace, store: Store, console: rich.console.Console)
 # --------------------------------------------------------------------------------- report
 
 
-def _summary(parts: list[Part], store: Store, console: rich.console.Console) -> int:
-    """What is left, failed and wrong, a line each; 1 where something is."""
+def _summary(
+    parts: list[Part], store: Store, console: rich.console.Console, quiet: bool = False
+) -> int:
+    """What is left, failed and wrong, a line each; 1 where something failed or is wrong."""
     say = lambda line: console.print(line, markup=False, soft_wrap=True)
     wrong = [e for part in parts for e in store.part(part.name).get("errors", [])]
     failed = [p for p in parts if store.state(p.name) == "failed"]
     left = [p.name for p in parts if store.state(p.name) in ("left", "running")]
+    if quiet:
+        return int(bool(wrong or failed))
     done = len(parts) - len(failed) - len(left)
     say(f"{done} of {len(parts)} parts done")
     if left:

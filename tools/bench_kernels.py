@@ -16,7 +16,15 @@ import bench_peers as peers
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_timing import Settings, Timed, compiled, on_cpu, peaks, seconds_in_turn
+from bench_timing import (
+    DeviceLostError,
+    Settings,
+    Timed,
+    compiled,
+    on_cpu,
+    peaks,
+    seconds_in_turn,
+)
 
 from jaxreason.kernels import linear_xent, reference
 
@@ -138,10 +146,6 @@ def _timed(row: Row, work: Work, seconds: dict[str, list[float]], baseline: str)
         ratio=ratio,
         baseline=baseline,
     )
-
-
-class DeviceLostError(Exception):
-    """Nothing can run in this process any more."""
 
 
 def stop_if_lost(failure: Exception) -> None:

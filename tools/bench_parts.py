@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import bench_timing as timing
-from bench_timing import Settings
+from bench_timing import DeviceLostError, Settings, WrongResultError
 
 Found = tuple[list[dict], list[str]]  # rows, what was wrong
 
@@ -34,7 +34,7 @@ SLOT = {
     "attention/8k": 110,
     "linear_xent/1.7b": 80,
     "decode_attention/256-prefix": 40,
-    "startup/1.7b": 240,
+    "startup/1.7b": 300,
     "train/0.6b": 240,
     "attention/4k-hd64": 100,
     "decode_attention/256x1k-mixed": 40,
@@ -44,7 +44,7 @@ SLOT = {
     "attention/4k-window": 90,
     "attention/2k": 100,
     "attention/16k": 110,
-    "decode/0.6b": 150,
+    "decode/0.6b": 200,
     "rollout/0.6b": 450,
     "data/0.6b": 90,
 }
@@ -210,10 +210,14 @@ def measure(
         suite = suites[part.suite]
         try:
             rows, errors = suite.run(suite.cases[part.case], own)
+        except WrongResultError as error:
+            rows, errors = [], [f"{name}: {error}"]
+        except DeviceLostError as error:
+            store.break_off(name, str(error))
+            raise
         except Exception as error:
-            lost = type(error).__name__ == "DeviceLostError"
-            why = " ".join(f"{error}".split()) or type(error).__name__
-            store.break_off(name, why) if lost else store.update(name, state="failed", why=why)
+            why = " ".join(str(error).split()) or type(error).__name__
+            store.update(name, state="failed", why=why)
             raise
         seconds = time.time() - began
         store.update(

@@ -119,9 +119,9 @@ def _torch_step(case: models.Case) -> Callable[[], float]:
     torch.manual_seed(0)
     described = config_to_hf(case.config, eos_id=None, pad_id=None)
     config = transformers.AutoConfig.for_model(**described)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     cuda = torch.cuda.is_available()
-    model = model.to("cuda") if cuda else model
+    with torch.device("cuda" if cuda else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     steps, _ = peers.train_steps(
         model, models.random_batch(case), models.OPTIMIZER, autocast=cuda, compiled=True
     )

@@ -40,6 +40,14 @@ class Settings:
     broken: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+class WrongResultError(Exception):
+    """What should be timed computes something else than the other side."""
+
+
+class DeviceLostError(Exception):
+    """Nothing can run in this process any more."""
+
+
 def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 

@@ -7,22 +7,21 @@ timed once more, in turn.
 
 import dataclasses
 import functools
-import json
 import math
-import pathlib
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import bench_attention as attention
 import jax
 import jax.numpy as jnp
 from bench_kernels import LIMITS, dtype, said, stop_if_lost
-from bench_timing import Settings, Timed, compiled, machine, seconds_in_turn
+from bench_timing import Settings, Timed, compiled, seconds_in_turn
 
 from jaxreason.kernels import flash
 from jaxreason.kernels.flash import Config, Tiles
 
-# The case of each entry of CONFIGS: what is trained most with such heads.
+# Of each entry of flash.CONFIGS, by worth: what is trained most with such heads.
 CASES = {128: "4k", 64: "4k-hd64", 256: "4k-window"}
 _STEPS = {
     "queries": (16, 32, 64, 128, 256),
@@ -30,7 +29,8 @@ _STEPS = {
     "num_warps": (2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5),
 }
-_ROUNDS = 3  # of a candidate; seven of the best
+KERNELS = ("forward", "of_queries", "of_keys")
+_ROUNDS, _ROUNDS_OF_BEST = 3, 7
 _GAIN = 0.99  # of the seconds before: less is noise
 Seconds = Callable[[Tiles], float]  # of one call; infinite where it does not run, or is wrong
 
@@ -39,39 +39,45 @@ Seconds = Callable[[Tiles], float]  # of one call; infinite where it does not ru
 class Tuned:
     """Of one head dim: what was best, and the milliseconds of each kernel before and after."""
 
+    case: str
     head_dim: int
     config: Config
-    milliseconds: dict[str, tuple[float, float]]
+    milliseconds: dict[str, tuple[float | None, float | None]]  # None: does not run
 
 
-def tune_all(cases: Sequence[str], deadline: float, say: Callable[[str], None]) -> list[Tuned]:
-    """Of the head dims of those cases (all without any), as far as there is time."""
-    chosen = {h: c for h, c in CASES.items() if not cases or c in cases}
-    if not chosen:
-        raise ValueError(f"--case is {','.join(cases)}; tiles are for {', '.join(CASES.values())}")
-    found = []
-    for head_dim, case in chosen.items():
-        if time.monotonic() < deadline:
-            found.append(_tune(head_dim, attention.ROWS_CASES[case], deadline, say))
-    return found
+def cases(asked: Sequence[str]) -> list[str]:
+    """Those of CASES that were asked for, or all. Raises ValueError for another."""
+    for case in asked:
+        if case not in CASES.values():
+            raise ValueError(f"--case has {case!r}; tiles are for {', '.join(CASES.values())}")
+    return list(asked or CASES.values())
 
 
-def _tune(head_dim: int, case: attention.RowsCase, deadline: float, say) -> Tuned:
-    operands = attention.rows_operands(case)
-    truth, config, times = attention.rows_truth(operands), flash.CONFIGS[head_dim], {}
-    for kernel in ("forward", "of_queries", "of_keys"):
+def tune(cases: Sequence[str], deadline: float, say: Callable[[str], None]) -> Iterator[Tuned]:
+    """One case after the other; they share the time."""
+    for number, case in enumerate(cases):
+        share = (deadline - time.monotonic()) / (len(cases) - number)
+        yield _tune(attention.ROWS_CASES[case], share, say)
+
+
+def _tune(case: attention.RowsCase, share: float, say) -> Tuned:
+    """Within about `share` seconds."""
+    operands, deadline = attention.rows_operands(case), time.monotonic() + share
+    truth, config, times = attention.rows_truth(operands), flash.CONFIGS[case.head_dim], {}
+    for number, kernel in enumerate(KERNELS):
+        until = time.monotonic() + (deadline - time.monotonic()) / (len(KERNELS) - number)
         tried: dict[Tiles, Timed] = {}
         first = getattr(config, kernel)
         measure = functools.partial(_seconds, operands, truth, config, kernel, tried, say)
-        best = descend(first, measure, deadline)
-        runs = {name: tried[t] for name, t in (("first", first), ("best", best)) if t in tried}
-        again = seconds_in_turn(runs, Settings(7, math.inf, False))
-        both = [1e3 * min(again.get(name, [math.inf])) for name in ("first", "best")]
-        best = best if both[1] < both[0] else first
-        times[kernel] = (both[0], min(both))
+        best = descend(first, measure, until)
+        runs = {tiles: tried[tiles] for tiles in (first, best) if tiles in tried}
+        found = seconds_in_turn(runs, Settings(_ROUNDS_OF_BEST, math.inf, False))
+        medians = {tiles: 1e3 * statistics.median(seconds) for tiles, seconds in found.items()}
+        best = min(medians, key=medians.get, default=first)
+        times[kernel] = (medians.get(first), medians.get(best))
         config = dataclasses.replace(config, **{kernel: best})
-        say(f"{case.name} {kernel}: {both[0]:.3f} ms with {first}, {both[1]:.3f} with {best}")
-    return Tuned(head_dim, config, times)
+        say(f"{case.name} {kernel}: first {first}, best {best}, ms {times[kernel]}")
+    return Tuned(case.name, case.head_dim, config, times)
 
 
 def descend(first: Tiles, seconds: Seconds, deadline: float) -> Tiles:
@@ -140,16 +146,11 @@ def _forward(operands: attention.RowsOperands) -> tuple[jax.Array, jax.Array]:
     return jax.jit(blockwise.attention)(*operands.qkv, operands.mask)
 
 
-def table(found: Sequence[Tuned]) -> str:
-    """As it stands in kernels/flash.py."""
-    tiles = lambda t: f"Tiles({t.queries}, {t.keys}, {t.num_warps}, {t.num_stages})"
+def table(found: Sequence[dict]) -> str:
+    """Of `Tuned`s as dicts: as it stands in kernels/flash.py."""
     lines = ["CONFIGS = {"]
-    for one in sorted(found, key=lambda one: one.head_dim):
-        each = (one.config.forward, one.config.of_queries, one.config.of_keys)
-        lines.append(f"    {one.head_dim}: Config({', '.join(map(tiles, each))}),")
+    for one in sorted(found, key=lambda one: one["head_dim"]):
+        each = (Tiles(**one["config"][kernel]) for kernel in KERNELS)
+        tiles = (f"Tiles({t.queries}, {t.keys}, {t.num_warps}, {t.num_stages})" for t in each)
+        lines.append(f"    {one['head_dim']}: Config({', '.join(tiles)}),")
     return "\n".join([*lines, "}"])
-
-
-def write(path: pathlib.Path, found: Sequence[Tuned]) -> None:
-    content = {"machine": machine(), "tuned": [dataclasses.asdict(one) for one in found]}
-    path.write_text(json.dumps(content, indent=1) + "\n")

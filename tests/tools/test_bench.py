@@ -82,7 +82,8 @@ def test_without_a_peer_the_reason_stands_in_its_place(bench, monkeypatch):
 
 
 def test_a_model_that_computes_something_else_is_not_timed(bench):
-    with pytest.raises(RuntimeError, match="the first losses are"):
+    wrong = bench.bench_timing.WrongResultError
+    with pytest.raises(wrong, match="the first losses are"):
         bench.bench_models._check_losses([5.6, 5.5, 5.4], lambda: 5.7)
 
 

@@ -131,7 +131,7 @@ def test_a_lost_device_ends_the_process_and_other_failures_are_reasons(bench):
     settings = bench.bench_timing.Settings(1, math.inf, False)
     rows, _ = kernels.contest(work, [entrant("out of\nshared memory")], settings)
     assert rows[0]["reason"] == "out of shared memory"
-    with pytest.raises(kernels.DeviceLostError):
+    with pytest.raises(bench.bench_timing.DeviceLostError):
         kernels.contest(work, [entrant("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal access")], settings)
 
 
@@ -188,7 +188,8 @@ def test_each_kernel_alone_is_right(bench, kernel):
 
 
 def test_the_table_is_that_of_the_kernels(bench):
-    tuned = [bench.bench_tune.Tuned(h, c, {}) for h, c in reversed(flash.CONFIGS.items())]
+    tuned = [bench.bench_tune.Tuned("", h, c, {}) for h, c in reversed(flash.CONFIGS.items())]
+    tuned = json.loads(json.dumps([dataclasses.asdict(one) for one in tuned]))
     names = {"Config": Config, "Tiles": Tiles}
     exec(bench.bench_tune.table(tuned), names)
     assert names["CONFIGS"] == flash.CONFIGS
@@ -205,3 +206,36 @@ def test_the_reference_of_the_head_is_that_of_all_rows_at_once(bench):
     made = {"loss": value, "dh": dh_TD, "dw": dw_VD}
     assert kernels._head_error(truth, made) < 1e-5
     assert kernels._head_error(truth, made | {"loss": 1.01 * value}) > 5e-3
+
+
+def test_tuning_one_head_dim(bench, monkeypatch):
+    """Simulated: what is slower here is not what is slower on a GPU, but it goes through."""
+    tune, tiles = bench.bench_tune, Tiles(16, 32, 4, 2)
+    monkeypatch.setattr(tune, "CASES", {128: "micro", 64: "other"})
+    monkeypatch.setattr(tune, "_STEPS", {"queries": (16,), "keys": (32, 64), "num_stages": (1, 2)})
+    monkeypatch.setitem(flash.CONFIGS, 128, Config(tiles, tiles, tiles, interpret=True))
+    said = []
+    (tuned,) = tune.tune(["micro"], time.monotonic() + 60, said.append)
+    assert tuned.head_dim == 128 and set(tuned.milliseconds) == set(tune.KERNELS)
+    assert all(best <= first for first, best in tuned.milliseconds.values())
+    assert len(said) == 3  # nothing failed
+    assert tune.cases([]) == ["micro", "other"]
+    with pytest.raises(ValueError, match="--case has '2k'; tiles are for micro, other"):
+        tune.cases(["micro", "2k"])
+
+
+def test_tiles_that_do_not_run_or_are_wrong_are_not_the_best(bench, monkeypatch):
+    tune, tiles = bench.bench_tune, Tiles(16, 32, 4, 2)
+    operands = bench.bench_attention.rows_operands(bench.bench_attention.ROWS_CASES["micro"])
+    truth, said = bench.bench_attention.rows_truth(operands), []
+    config = Config(tiles, tiles, tiles, interpret=True)
+    seconds = lambda: tune._seconds(operands, truth, config, "forward", {}, said.append, tiles)
+    assert seconds() < math.inf
+    truth[0][-1]["out"] = 1.1 * truth[0][-1]["out"]
+    assert seconds() == math.inf and "wrong, off by" in said[-1]
+
+    def refused(*_):
+        raise RuntimeError("too much shared memory")
+
+    monkeypatch.setattr(tune, "build", refused)
+    assert seconds() == math.inf and "too much shared memory" in said[-1]
