@@ -86,8 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     settings = bench_timing.Settings(args.rounds, deadline, not args.no_compile)
     show = lambda name, found: _show(console, name, found)
+    say = lambda line: console.print(line, markup=False)
     try:
-        bench_parts.measure(parts, SUITES, settings, store, show)
+        bench_parts.measure(parts, SUITES, settings, store, show, say)
     except bench_timing.DeviceLostError as error:
         print(f"error: the device is lost: {error}", file=sys.stderr)
         return 1
@@ -159,7 +160,8 @@ def _slot(args: argparse.Namespace, store: Store, console: rich.console.Console)
         command = [sys.executable, __file__, "--here", *(part.name for part in batch)]
         command += [f"--json={store.path}", f"--minutes={seconds / 60}", f"--rounds={args.rounds}"]
         command += ["--no-compile"] * args.no_compile
-        return subprocess.Popen(command, start_new_session=True)
+        env = os.environ | {"PYTHONUNBUFFERED": "1"}  # it may be killed
+        return subprocess.Popen(command, env=env, start_new_session=True)
 
     with tempfile.TemporaryDirectory() as folder:
         store.path = store.path or pathlib.Path(folder) / "bench.json"

@@ -31,6 +31,10 @@ from jaxreason.kernels import linear_xent, reference
 # Error of a row of an array over the row's norm, or over that of the array's mean row where this is
 # larger: bfloat16 operands give 1e-3 to 1e-2, softmax in bfloat16 more; a wrong block gives 1.
 LIMITS = {"float32": 1e-3, "bfloat16": 5e-2}
+_LOST = (  # what CUDA says then
+    "cuda error illegal", "illegal memory access", "illegal instruction", "misaligned address",
+    "launch failed", "launch failure",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +154,8 @@ def _timed(row: Row, work: Work, seconds: dict[str, list[float]], baseline: str)
 
 def stop_if_lost(failure: Exception) -> None:
     """CUDA gives every later call of a process the error of one bad access."""
-    text = str(failure).lower()
-    if any(
-        sign in text for sign in ("illegal", "misaligned", "launch_failed", "unspecified launch")
-    ):
+    text = str(failure).lower().replace("_", " ")
+    if any(sign in text for sign in _LOST):
         raise DeviceLostError(said(failure)) from failure
 
 

@@ -192,6 +192,7 @@ def measure(
     settings: Settings,
     store: Store,
     show: Callable[[str, dict], None],
+    say: Callable[[str], None],
 ) -> None:
     """Those that are not done yet and that there is time for, one after the other, here."""
     store.begin_run(timing.machine())
@@ -200,6 +201,7 @@ def measure(
         if before.get("state") == "done" or part.seconds > settings.deadline - time.monotonic():
             continue
         began, name = time.time(), part.name
+        say(f"{name} ... ({settings.deadline - time.monotonic():.0f} s left)")
         run = len(store.content["runs"]) - 1
         store.update(name, state="running", since=began, run=run, entrant=None)
         own = dataclasses.replace(

@@ -118,6 +118,15 @@ def test_what_broke_a_process_before_is_a_row_with_that_reason(bench):
     assert "forward decode" not in noted
 
 
+@pytest.mark.parametrize("rows, full", [(1, True), (3, False)])
+def test_single_queries_of_few_rows_without_a_prefix(bench, rows, full):
+    case = bench.bench_attention.QueryCase("few", rows, 16, 4, 2, 16, full)
+    settings = bench.bench_timing.Settings(1, math.inf, False)
+    found, errors = bench.bench_attention.bench_queries(case, settings)
+    assert errors == []
+    assert {row["name"] for row in found if row["seconds"]} >= {"decode", "jax.nn xla"}
+
+
 def test_a_lost_device_ends_the_process_and_other_failures_are_reasons(bench):
     kernels = bench.bench_kernels
 
@@ -211,12 +220,12 @@ def test_the_reference_of_the_head_is_that_of_all_rows_at_once(bench):
 def test_tuning_one_head_dim(bench, monkeypatch):
     """Simulated: what is slower here is not what is slower on a GPU, but it goes through."""
     tune, tiles = bench.bench_tune, Tiles(16, 32, 4, 2)
-    monkeypatch.setattr(tune, "CASES", {128: "micro", 64: "other"})
+    monkeypatch.setattr(tune, "CASES", {16: "micro", 64: "other"})
     monkeypatch.setattr(tune, "_STEPS", {"queries": (16,), "keys": (32, 64), "num_stages": (1, 2)})
-    monkeypatch.setitem(flash.CONFIGS, 128, Config(tiles, tiles, tiles, interpret=True))
+    monkeypatch.setitem(flash.CONFIGS, 16, Config(tiles, tiles, tiles, interpret=True))
     said = []
     (tuned,) = tune.tune(["micro"], time.monotonic() + 60, said.append)
-    assert tuned.head_dim == 128 and set(tuned.milliseconds) == set(tune.KERNELS)
+    assert tuned.head_dim == 16 and set(tuned.milliseconds) == set(tune.KERNELS)
     assert all(best <= first for first, best in tuned.milliseconds.values())
     assert len(said) == 3  # nothing failed
     assert tune.cases([]) == ["micro", "other"]
