@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except bench_timing.DeviceLostError as error:  # by a candidate of --tune
+        return _lost(error)
     deadline = time.monotonic() + 60 * args.minutes
     settings = bench_timing.Settings(args.rounds, deadline, not args.no_compile)
     show = lambda name, found: _show(console, name, found)
@@ -90,9 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         bench_parts.measure(parts, SUITES, settings, store, show, say)
     except bench_timing.DeviceLostError as error:
-        print(f"error: the device is lost: {error}", file=sys.stderr)
-        return 1
+        return _lost(error)
     return _summary(parts, store, console, quiet=args.here)
+
+
+def _lost(error: Exception) -> int:
+    print(f"error: the device is lost: {error}", file=sys.stderr)
+    return 1
 
 
 class _Parser(argparse.ArgumentParser):
