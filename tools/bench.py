@@ -167,7 +167,7 @@ def _slot(args: argparse.Namespace, store: Store, console: rich.console.Console)
         command += [f"--json={store.path}", f"--minutes={seconds / 60}", f"--rounds={args.rounds}"]
         command += ["--no-compile"] * args.no_compile
         env = os.environ | {"PYTHONUNBUFFERED": "1"}  # it may be killed
-        return subprocess.Popen(command, env=env, start_new_session=True)
+        return subprocess.Popen(command, env=env, process_group=0)
 
     with tempfile.TemporaryDirectory() as folder:
         store.path = store.path or pathlib.Path(folder) / "bench.json"

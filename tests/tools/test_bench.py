@@ -161,7 +161,7 @@ def _spend(bench, path, plan: dict[str, str], seconds: float = 4000.0):
     def start(batch, left):
         batches.append([part.name for part in batch])
         command = [sys.executable, "-c", WORKER, str(path), json.dumps(plan), *batches[-1]]
-        return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command, process_group=0, stderr=subprocess.DEVNULL)
 
     modules.spend(parts, store, time.monotonic() + seconds, start)
     return store, batches
