@@ -112,10 +112,9 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, *, config: Config):
             q_smem=matrix(COMPUTE, ROWS, padded_H, dtype=dtype),  # then the output
             k_smem=matrix(tiles.stages, tiles.keys, padded_H, dtype=dtype),
             v_smem=matrix(tiles.value_stages, tiles.keys, padded_H, dtype=dtype),
-            q_segments_smem=plgpu.SMEM((COMPUTE, ROWS), jnp.int32),
             k_segments_smem=plgpu.SMEM((tiles.stages, tiles.keys), jnp.int32),
             lse_smem=plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-            q_ready=barriers(2, COMPUTE),
+            q_ready=barriers(1, COMPUTE),
             k_ready=barriers(2, tiles.stages),
             k_read=barriers(COMPUTE, tiles.stages),
             v_ready=barriers(1, tiles.value_stages),
@@ -129,7 +128,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, *, config: Config):
 
 def _forward_kernel(
     ranges, order, q_segments, k_segments, offset_B, q, k, v, out, lse, *, spec: _Spec,
-    q_smem, k_smem, v_smem, q_segments_smem, k_segments_smem, lse_smem,
+    q_smem, k_smem, v_smem, k_segments_smem, lse_smem,
     q_ready, k_ready, k_read, v_ready, v_read, turn,
 ):  # fmt: skip
     tiles, (_, _, N, H) = spec.tiles, q.shape
@@ -180,7 +179,7 @@ def _forward_kernel(
             rows, first_query = pl.ds(first_row, ROWS), first_row + offset_B[b]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's output has left
             plgpu.copy_gmem_to_smem(q.at[b, rows, n], q_smem.at[wg], q_ready.at[wg])
-            plgpu.copy_gmem_to_smem(q_segments.at[b, rows], q_segments_smem.at[wg], q_ready.at[wg])
+            q_segments_R = vector(q_segments.at[b, rows], 0)
             plgpu.barrier_wait(q_ready.at[wg])
             pl.when(first < end)(lambda: wait_for_keys(step))
             pl.when(wg == 1)(take_turns)  # half a block behind
@@ -197,7 +196,7 @@ def _forward_kernel(
 
                 s_RC = capped(spec, pl.run_scoped(product, plgpu.ACC(shape, jnp.float32)))
                 if masked:
-                    sides = vector(q_segments_smem.at[wg], 0), vector(k_segments_smem.at[slot], 1)
+                    sides = q_segments_R, vector(k_segments_smem.at[slot], 1)
                     see_RC = visible(spec, shape, 0, first_query, j * tiles.keys, *sides)
                     s_RC = jnp.where(see_RC, s_RC, _HIDDEN)
                 plgpu.barrier_arrive(k_read.at[slot])

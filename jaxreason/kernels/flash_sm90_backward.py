@@ -15,6 +15,7 @@ of the same keys, and each keeps half of the columns of `dk` and `dv`.
 
 import dataclasses
 import functools
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -205,9 +206,13 @@ def full(shape: tuple[int, ...], value: float, layout):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+# jax 0.10 wants an index of `plgpu.load`, which jax 0.12 no longer has.
+_ALL = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+
 def vector(ref, dim: int):
-    """Read, to lie along that dim of a block. (Of `plgpu.load` the arguments differ by version.)"""
-    return plgpu.layout_cast(ref[...], WGMMA.reduce(1 - dim))
+    """Read, to lie along that dim of a block; from any memory, hence not `optimized`."""
+    return plgpu.load(ref, *_ALL, layout=WGMMA.reduce(1 - dim), optimized=False)
 
 
 def along(x, shape: tuple[int, int], dim: int):
@@ -251,9 +256,10 @@ def gradients(
     refuse(mask, q_BTNH, k_BSKH, v_BSKH, dout_BTNH)
     config = config or config_for(q_BTNH.shape[-1])
     (T, H), S = (q_BTNH.shape[1], q_BTNH.shape[3]), k_BSKH.shape[1]
+    factor = factor_of(_Spec.of(mask, q_BTNH, k_BSKH, config.of_keys))
     dead_BTN = lse_BTN == -jnp.inf  # p is 0 there: keep inf and nan away from the products
-    stats = [jnp.where(dead_BTN, 0.0, x) for x in (_LOG2_E * lse_BTN, delta_BTN)]
-    operands = (q_BTNH, k_BSKH, v_BSKH, mask, *stats, dout_BTNH)
+    starts = (jnp.where(dead_BTN, 0.0, x) for x in (-_LOG2_E / factor * lse_BTN, -delta_BTN))
+    operands = (q_BTNH, k_BSKH, v_BSKH, mask, *starts, dout_BTNH)
     if config.ordered:
         dq_BTNH = _of_queries(*operands, tiles=config.of_queries)
     dk_BSKH, dv_BSKH, *added = _of_keys(*operands, tiles=config.of_keys, add=not config.ordered)
@@ -273,38 +279,53 @@ class _Operands(NamedTuple):
     q_BTNH: jax.Array
     k_BSKH: jax.Array
     v_BSKH: jax.Array
-    lse_BNT: jax.Array  # in powers of two
-    delta_BNT: jax.Array
+    less_lse_BNT: jax.Array  # of scores in the unit of `capped`
+    less_delta_BNT: jax.Array
     dout_BTNH: jax.Array
 
     @classmethod
-    def of(cls, filled, tiles, q_BTNH, k_BSKH, v_BSKH, lse_BTN, delta_BTN, dout_BTNH):
+    def of(cls, filled, tiles, q_BTNH, k_BSKH, v_BSKH, less_lse_BTN, less_delta_BTN, dout_BTNH):
         q_BTNH, dout_BTNH = (whole(x, tiles.queries) for x in (q_BTNH, dout_BTNH))
         k_BSKH, v_BSKH = (whole(x, tiles.keys) for x in (k_BSKH, v_BSKH))
-        stats = (padded(jnp.swapaxes(x, 1, 2), tiles.queries) for x in (lse_BTN, delta_BTN))
-        return cls(*Sides.of(filled, tiles), q_BTNH, k_BSKH, v_BSKH, *stats, dout_BTNH)
+        starts = (less_lse_BTN, less_delta_BTN)
+        starts = (padded(jnp.swapaxes(x, 1, 2), tiles.queries) for x in starts)
+        return cls(*Sides.of(filled, tiles), q_BTNH, k_BSKH, v_BSKH, *starts, dout_BTNH)
 
 
-def _pair(spec: _Spec, qk, dp, lse, delta, see):
-    """(p, the gradient of the scores but for the scale) of a block, float32."""
-    t = capped(spec, qk)
-    s = t if see is None else jnp.where(see, t, _HIDDEN)
-    p = jnp.exp2(s * factor_of(spec) - lse)
-    ds = p * (dp - delta)
-    return p, ds if spec.soft_cap is None else ds * (1 - t * t)
+def _starts(spec: _Spec, shape, dim: int, less_lse, less_delta):
+    """What the products of a block are added to, so that neither vector is held beside them."""
+    start = full(shape, 0.0, WGMMA) if spec.soft_cap else along(less_lse, shape, dim)
+    return plgpu.ACC.init(start), plgpu.ACC.init(along(less_delta, shape, dim))
+
+
+def _pair(spec: _Spec, qk, dp, see, less_lse):
+    """(p, the gradient of the scores but for the scale) of a block, float32.
+
+    `qk` and `dp` have begun at `_starts`; `less_lse()` is what could not be added there.
+    """
+    if spec.soft_cap is None:
+        s, slope = qk, 1.0
+    else:
+        t = capped(spec, qk)
+        s, slope = t + less_lse(), 1.0 - t * t
+    if see is not None:
+        s = jnp.where(see, s, _HIDDEN)
+    p = jnp.exp2(s * factor_of(spec))
+    return p, p * dp * slope
 
 
 # --- the gradients of keys and values, and of the queries by the way ------------------------------
 
 
 def _of_keys(
-    q_BTNH, k_BSKH, v_BSKH, mask, lse_BTN, delta_BTN, dout_BTNH, *, tiles: Tiles, add: bool
+    q_BTNH, k_BSKH, v_BSKH, mask, less_lse_BTN, less_delta_BTN, dout_BTNH,
+    *, tiles: Tiles, add: bool,
 ):  # fmt: skip
     """(dk_BSKH, dv_BSKH), and with `add` the float32 sum over keys that dq_BTNH is the scale of."""
     spec, filled = _Spec.of(mask, q_BTNH, k_BSKH, tiles), _filled(mask, q_BTNH, k_BSKH)
     ranges_BJ4 = _ranges(spec, filled, tiles, of_keys=True)
-    stats = lse_BTN, delta_BTN, dout_BTNH
-    operands = _Operands.of(filled, tiles, q_BTNH, k_BSKH, v_BSKH, *stats)
+    of_out = less_lse_BTN, less_delta_BTN, dout_BTNH
+    operands = _Operands.of(filled, tiles, q_BTNH, k_BSKH, v_BSKH, *of_out)
     (B, _, K, H), dtype = operands.k_BSKH.shape, k_BSKH.dtype
     if (tiles.queries, tiles.keys) not in {64: [(128, 128)], 256: [(64, 64)]}.get(H, [(64, 128)]):
         raise ValueError(
@@ -318,13 +339,12 @@ def _of_keys(
         q_smem=matrix(tiles.stages, R, H, dtype=dtype),
         dout_smem=matrix(tiles.value_stages, R, H, dtype=dtype),
         q_segments_smem=plgpu.SMEM((tiles.stages, R), jnp.int32),
-        k_segments_smem=plgpu.SMEM((C,), jnp.int32),
-        lse_smem=plgpu.SMEM((tiles.stages, R), jnp.float32),
-        delta_smem=plgpu.SMEM((tiles.value_stages, R), jnp.float32),
-        k_ready=barriers(3),
-        q_ready=barriers(3, tiles.stages),
+        less_lse_smem=plgpu.SMEM((tiles.stages, R), jnp.float32),
+        less_delta_smem=plgpu.SMEM((tiles.stages, R), jnp.float32),
+        k_ready=barriers(2),
+        q_ready=barriers(4, tiles.stages),
         q_read=barriers(COMPUTE, tiles.stages),
-        dout_ready=barriers(2, tiles.value_stages),
+        dout_ready=barriers(1, tiles.value_stages),
         dout_read=barriers(COMPUTE, tiles.value_stages),
         both=barriers(COMPUTE),
     )
@@ -346,9 +366,9 @@ def _of_keys(
 
 
 def _of_keys_kernel(
-    ranges, order, q_segments, k_segments, offset_B, q, k, v, lse, delta, dout, *outputs,
-    spec: _Spec, add: bool, k_smem, v_smem, q_smem, dout_smem, q_segments_smem, k_segments_smem,
-    lse_smem, delta_smem, k_ready, q_ready, q_read, dout_ready, dout_read, both,
+    ranges, order, q_segments, k_segments, offset_B, q, k, v, less_lse, less_delta, dout, *outputs,
+    spec: _Spec, add: bool, k_smem, v_smem, q_smem, dout_smem, q_segments_smem,
+    less_lse_smem, less_delta_smem, k_ready, q_ready, q_read, dout_ready, dout_read, both,
     ds_smem=None, dq_smem=None,
 ):  # fmt: skip
     *sums, dk, dv = outputs
@@ -365,7 +385,6 @@ def _of_keys_kernel(
         plgpu.set_max_registers(24, action="decrease")
         plgpu.copy_gmem_to_smem(k.at[b, keys, h], k_smem, k_ready)
         plgpu.copy_gmem_to_smem(v.at[b, keys, h], v_smem, k_ready)
-        plgpu.copy_gmem_to_smem(k_segments.at[b, keys], k_segments_smem, k_ready)
 
         def of_head(g, _):
             n = h * spec.group + g
@@ -374,12 +393,11 @@ def _of_keys_kernel(
                 step, rows = step_of(g, i), pl.ds(i * R, R)
                 copy_into(
                     step, q_read, q_ready, (q.at[b, rows, n], q_smem),
-                    (lse.at[b, n, rows], lse_smem), (q_segments.at[b, rows], q_segments_smem),
+                    (less_lse.at[b, n, rows], less_lse_smem),
+                    (less_delta.at[b, n, rows], less_delta_smem),
+                    (q_segments.at[b, rows], q_segments_smem),
                 )  # fmt: skip
-                copy_into(
-                    step, dout_read, dout_ready, (dout.at[b, rows, n], dout_smem),
-                    (delta.at[b, n, rows], delta_smem),
-                )  # fmt: skip
+                copy_into(step, dout_read, dout_ready, (dout.at[b, rows, n], dout_smem))
 
             lax.fori_loop(first, end, of_block, None)
 
@@ -401,8 +419,8 @@ def _of_keys_kernel(
         )
         shape = (ROWS, R)
         first_key = j * C + (0 if shared else wg * ROWS)
+        k_segments_C = vector(k_segments.at[b, pl.ds(first_key, ROWS)], 0)
         plgpu.barrier_wait(k_ready)
-        k_segments_C = vector(k_segments_smem.at[own], 0)
 
         def meet():
             plgpu.barrier_arrive(both)
@@ -416,22 +434,21 @@ def _of_keys_kernel(
                 slot, late = slot_of(step, tiles.stages), slot_of(step, tiles.value_stages)
                 plgpu.barrier_wait(q_ready.at[slot])
 
-                def products(qk_ref, dp_ref):
+                def products(refs):
+                    qk_ref, dp_ref = refs
                     plgpu.wgmma(qk_ref, k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
                     plgpu.barrier_wait(dout_ready.at[late])
                     plgpu.wgmma(dp_ref, v_smem.at[own], dout_smem.at[late].transpose((1, 0)))
-                    return qk_ref[...], dp_ref[...]
 
-                block = plgpu.ACC(shape, jnp.float32)
-                qk_CR, dp_CR = pl.run_scoped(products, block, block)
+                starts = (vector(x.at[slot], 1) for x in (less_lse_smem, less_delta_smem))
+                qk_CR, dp_CR = pl.run_state(products)(_starts(spec, shape, 1, *starts))
                 see_CR = None
                 if masked:
                     q_segments_R = vector(q_segments_smem.at[slot], 1)
                     sides = i * R + offset_B[b], first_key, q_segments_R, k_segments_C
                     see_CR = visible(spec, shape, 1, *sides)
-                stats = (vector(lse_smem.at[slot], 1), vector(delta_smem.at[late], 1))
-                lse_CR, delta_CR = (along(x, shape, 1) for x in stats)
-                p_CR, ds_CR = _pair(spec, qk_CR, dp_CR, lse_CR, delta_CR, see_CR)
+                less_lse_CR = lambda: along(vector(less_lse_smem.at[slot], 1), shape, 1)
+                p_CR, ds_CR = _pair(spec, qk_CR, dp_CR, see_CR, less_lse_CR)
                 p_CR, ds_CR = p_CR.astype(q.dtype), ds_CR.astype(q.dtype)
                 if add:
                     mine = wg if shared else slot_of(step, 2)
@@ -480,9 +497,16 @@ def _of_keys_kernel(
         k_smem.at[own, columns][...] = (spec.scale * dk_CH).astype(k.dtype)
         v_smem.at[own, columns][...] = dv_CH.astype(v.dtype)
         plgpu.commit_smem()
-        rows = pl.ds(first_key, ROWS)
-        plgpu.copy_smem_to_gmem(k_smem.at[own, columns], dk.at[b, rows, h, columns])
-        plgpu.copy_smem_to_gmem(v_smem.at[own, columns], dv.at[b, rows, h, columns])
+        meet()  # a copy takes whole buffers
+
+        @pl.when(wg == 0)
+        def _dk_leaves():
+            plgpu.copy_smem_to_gmem(k_smem, dk.at[b, keys, h])
+
+        @pl.when(wg == 1)
+        def _dv_leaves():
+            plgpu.copy_smem_to_gmem(v_smem, dv.at[b, keys, h])
+
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -490,13 +514,13 @@ def _of_keys_kernel(
 
 
 def _of_queries(
-    q_BTNH, k_BSKH, v_BSKH, mask, lse_BTN, delta_BTN, dout_BTNH, *, tiles: Tiles
+    q_BTNH, k_BSKH, v_BSKH, mask, less_lse_BTN, less_delta_BTN, dout_BTNH, *, tiles: Tiles
 ):  # fmt: skip
     """dq_BTNH."""
     spec, filled = _Spec.of(mask, q_BTNH, k_BSKH, tiles), _filled(mask, q_BTNH, k_BSKH)
     ranges_BI4 = _ranges(spec, filled, tiles)
-    stats = lse_BTN, delta_BTN, dout_BTNH
-    operands = _Operands.of(filled, tiles, q_BTNH, k_BSKH, v_BSKH, *stats)
+    of_out = less_lse_BTN, less_delta_BTN, dout_BTNH
+    operands = _Operands.of(filled, tiles, q_BTNH, k_BSKH, v_BSKH, *of_out)
     (B, _, N, H), dtype = operands.q_BTNH.shape, q_BTNH.dtype
     return launch(
         functools.partial(_of_queries_kernel, spec=spec),
@@ -507,11 +531,8 @@ def _of_queries(
             dout_smem=matrix(COMPUTE, ROWS, H, dtype=dtype),
             k_smem=matrix(tiles.stages, tiles.keys, H, dtype=dtype),
             v_smem=matrix(tiles.value_stages, tiles.keys, H, dtype=dtype),
-            q_segments_smem=plgpu.SMEM((COMPUTE, ROWS), jnp.int32),
             k_segments_smem=plgpu.SMEM((tiles.stages, tiles.keys), jnp.int32),
-            lse_smem=plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-            delta_smem=plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-            q_ready=barriers(5, COMPUTE),
+            q_ready=barriers(2, COMPUTE),
             k_ready=barriers(2, tiles.stages),
             k_read=barriers(COMPUTE, tiles.stages),
             v_ready=barriers(1, tiles.value_stages),
@@ -522,9 +543,9 @@ def _of_queries(
 
 
 def _of_queries_kernel(
-    ranges, order, q_segments, k_segments, offset_B, q, k, v, lse, delta, dout, dq,
-    *, spec: _Spec, q_smem, dout_smem, k_smem, v_smem, q_segments_smem, k_segments_smem,
-    lse_smem, delta_smem, q_ready, k_ready, k_read, v_ready, v_read,
+    ranges, order, q_segments, k_segments, offset_B, q, k, v, less_lse, less_delta, dout, dq,
+    *, spec: _Spec, q_smem, dout_smem, k_smem, v_smem, k_segments_smem,
+    q_ready, k_ready, k_read, v_ready, v_read,
 ):  # fmt: skip
     tiles, (_, _, N, H) = spec.tiles, q.shape
     wg = lax.axis_index("warpgroup")
@@ -551,39 +572,33 @@ def _of_queries_kernel(
         plgpu.set_max_registers(240, action="increase")
         first_row = i * tiles.queries + wg * ROWS
         rows = pl.ds(first_row, ROWS)
-        for source, to in (
-            (q.at[b, rows, n], q_smem),
-            (dout.at[b, rows, n], dout_smem),
-            (q_segments.at[b, rows], q_segments_smem),
-            (lse.at[b, n, rows], lse_smem),
-            (delta.at[b, n, rows], delta_smem),
-        ):
-            plgpu.copy_gmem_to_smem(source, to.at[wg], q_ready.at[wg])
+        plgpu.copy_gmem_to_smem(q.at[b, rows, n], q_smem.at[wg], q_ready.at[wg])
+        plgpu.copy_gmem_to_smem(dout.at[b, rows, n], dout_smem.at[wg], q_ready.at[wg])
+        q_segments_R = vector(q_segments.at[b, rows], 0)
+        less_lse_R, less_delta_R = (vector(x.at[b, n, rows], 0) for x in (less_lse, less_delta))
         plgpu.barrier_wait(q_ready.at[wg])
         shape = (ROWS, tiles.keys)
-        lse_R, delta_R = vector(lse_smem.at[wg], 0), vector(delta_smem.at[wg], 0)
 
         def body(j, dq_RH, masked):
             slot = slot_of(j - first, tiles.stages)
             late = slot_of(j - first, tiles.value_stages)
             plgpu.barrier_wait(k_ready.at[slot])
 
-            def products(qk_ref, dp_ref):
+            def products(refs):
+                qk_ref, dp_ref = refs
                 plgpu.wgmma(qk_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
                 plgpu.barrier_wait(v_ready.at[late])
                 plgpu.wgmma(dp_ref, dout_smem.at[wg], v_smem.at[late].transpose((1, 0)))
-                return qk_ref[...], dp_ref[...]
 
-            block = plgpu.ACC(shape, jnp.float32)
-            qk_RC, dp_RC = pl.run_scoped(products, block, block)
+            starts = _starts(spec, shape, 0, less_lse_R, less_delta_R)
+            qk_RC, dp_RC = pl.run_state(products)(starts)
             plgpu.barrier_arrive(v_read.at[late])
             see_RC = None
             if masked:
-                sides = vector(q_segments_smem.at[wg], 0), vector(k_segments_smem.at[slot], 1)
+                sides = q_segments_R, vector(k_segments_smem.at[slot], 1)
                 first_query = first_row + offset_B[b]
                 see_RC = visible(spec, shape, 0, first_query, j * tiles.keys, *sides)
-            lse_RC, delta_RC = along(lse_R, shape, 0), along(delta_R, shape, 0)
-            _, ds_RC = _pair(spec, qk_RC, dp_RC, lse_RC, delta_RC, see_RC)
+            _, ds_RC = _pair(spec, qk_RC, dp_RC, see_RC, lambda: along(less_lse_R, shape, 0))
             ds_RC = ds_RC.astype(k.dtype)
             dq_RH = pl.run_state(lambda ref: plgpu.wgmma(ref, ds_RC, k_smem.at[slot]))(
                 plgpu.ACC.init(dq_RH)
