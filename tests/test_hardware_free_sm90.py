@@ -163,7 +163,7 @@ class Hopper:
         types = out_type if isinstance(out_type, tuple) else (out_type,)
 
         def call(*operands):
-            is_ref = lambda x: isinstance(jax.typeof(x), jax._src.state.AbstractRef)
+            is_ref = lambda x: isinstance(x, jax.Ref)
             ins = [np.array(x[...] if is_ref(x) else x) for x in operands]
             outs = [np.full(t.shape, np.nan, t.dtype) for t in types]
             for place in itertools.product(*map(range, grid)):
@@ -325,7 +325,8 @@ def test_the_forward_schedule_gives_the_reference(case):
 
 
 def check_gradients(T, S, mask, head_dim, ordered):
-    q, k, v, dout = qkv(1, T, S, 4, 2, head_dim)
+    heads = (4, 2) if head_dim == 64 else (2, 1)
+    q, k, v, dout = qkv(1, T, S, *heads, head_dim)
     out, lse = reference.attention(*float32(q, k, v), mask)
     delta = (dout.astype(jnp.float32) * out).sum(-1)
     config = dataclasses.replace(flash_sm90.config_for(head_dim), ordered=ordered)

@@ -74,6 +74,8 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH of q's dtype, lse_BTN float32), as `reference.attention`, differentiable.
 
+    All of the mask is honoured. Not under `vmap`: jax has no rule for such kernels.
+
     Raises NotImplementedError for dtypes other than bfloat16 or float16, for a head dim above 256
     and for a scale that is not positive.
     """
