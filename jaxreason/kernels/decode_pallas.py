@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxreason.kernels.decode import Prefix, repeat_rows
+from jaxreason.kernels.flash import with_whole_heads
 
 _HIDDEN = -1e30  # score of a key that may not be read
 _FLOOR = -1e20  # least row maximum: exp2(_HIDDEN - _FLOOR) is exactly 0, even if no key is visible
@@ -57,8 +58,8 @@ def decode_attention(
     """out_BNH of q's dtype, as `decode.decode_attention`. Caches may be float8_e4m3fn, too."""
     B, _, H = q_BNH.shape
     run = functools.partial(
-        _part, q_BNH, scale=H**-0.5 if scale is None else scale, soft_cap=soft_cap, tiles=tiles,
-        interpret=interpret,
+        _part, with_whole_heads(q_BNH), scale=H**-0.5 if scale is None else scale,
+        soft_cap=soft_cap, tiles=tiles, interpret=interpret,
     )  # fmt: skip
     before_B = jnp.zeros_like(lengths_B) if prefix is None else repeat_rows(prefix[2], B)
     first_B = jnp.zeros_like(lengths_B)
@@ -70,13 +71,14 @@ def decode_attention(
     out_XBNH, lse_XBN = (jnp.concatenate(x) for x in zip(*parts))
     share_XBN = jnp.exp(lse_XBN - jnp.maximum(lse_XBN.max(0), _FLOOR))
     total_BN = share_XBN.sum(0)
-    out_BNH = (share_XBN[..., None] * out_XBNH).sum(0)
+    out_BNH = (share_XBN[..., None] * out_XBNH[..., :H]).sum(0)
     return (out_BNH / jnp.where(total_BN == 0, 1.0, total_BN)[..., None]).astype(q_BNH.dtype)
 
 
 def _part(q_BNH, k_PKSH, v_PKSH, first_B, end_B, *, scale, soft_cap, tiles, interpret):
     """(out_XBNH, lse_XBN), float32, of positions first <= s < end of each row, in X splits."""
     (B, N, H), (P, K, S, _) = q_BNH.shape, k_PKSH.shape
+    k_PKSH, v_PKSH = with_whole_heads(k_PKSH), with_whole_heads(v_PKSH)
     R, G = B // P, N // K
     q_PKQH = jnp.swapaxes(q_BNH.reshape(P, R, K, G, H), 1, 2).reshape(P, K, R * G, H)
     of_rows = lambda x_B: jnp.repeat(x_B.reshape(P, R), G, axis=1).astype(jnp.int32)
@@ -106,8 +108,6 @@ def _kernel(
     block, x = pl.program_id(0) // splits, pl.program_id(0) % splits
     h, p = pl.program_id(1), pl.program_id(2)
     Q, H, S = q_PKQH.shape[2], q_PKQH.shape[3], k_PKSH.shape[2]
-    dims = pl.ds(0, max(16, pl.next_power_of_2(H)))
-    dim_H = jnp.arange(dims.size) < H
     rows = pl.ds(block * queries, queries)
     real_Q = block * queries + jnp.arange(queries) < Q
     # Rows that are not there read nothing: they begin where nothing is left.
@@ -116,13 +116,14 @@ def _kernel(
     first, end = jnp.min(first_Q) // keys, pl.cdiv(jnp.max(end_Q), keys)
     here = pl.cdiv(jnp.maximum(end - first, 0), splits)
     first, end = first + x * here, jnp.minimum(first + (x + 1) * here, end)
-    q_QH = plt.load(q_PKQH.at[p, h, rows, dims], mask=real_Q[:, None] & dim_H[None], other=0)
+    real_QH = jnp.broadcast_to(real_Q[:, None], (queries, H))
+    q_QH = plt.load(q_PKQH.at[p, h, rows, :], mask=real_QH, other=0)
 
     def body(j, state):
         out_QH, top_Q, total_Q = state
         at_S = j * keys + jnp.arange(keys)
-        some_SH = (at_S < jnp.max(end_Q))[:, None] & dim_H[None]
-        where = (p, h, pl.ds(j * keys, keys), dims)
+        some_SH = jnp.broadcast_to((at_S < jnp.max(end_Q))[:, None], (keys, H))
+        where = (p, h, pl.ds(j * keys, keys), slice(None))
         k_SH = plt.load(k_PKSH.at[where], mask=some_SH, other=0.0).astype(q_QH.dtype)
         v_SH = plt.load(v_PKSH.at[where], mask=some_SH, other=0.0).astype(q_QH.dtype)
         s_QS = scale * jnp.dot(q_QH, k_SH.T, preferred_element_type=jnp.float32)
@@ -145,7 +146,6 @@ def _kernel(
     out_QH, top_Q, total_Q = jax.lax.fori_loop(first, end, body, start)
     dead_Q = total_Q == 0
     total_Q = jnp.where(dead_Q, 1.0, total_Q)
-    there = real_Q[:, None] & dim_H[None]
-    plt.store(out_XPKQH.at[x, p, h, rows, dims], out_QH / total_Q[:, None], mask=there)
+    plt.store(out_XPKQH.at[x, p, h, rows, :], out_QH / total_Q[:, None], mask=real_QH)
     lse_Q = jnp.where(dead_Q, -jnp.inf, top_Q + jnp.log(total_Q))
     plt.store(lse_XPKQ.at[x, p, h, rows], lse_Q, mask=real_Q)

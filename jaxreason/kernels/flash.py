@@ -88,10 +88,19 @@ def attention(
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH of q's dtype, lse_BTN float32), as `reference.attention`, differentiable."""
-    config = config or config_for(q_BTNH.shape[-1])
-    of = functools.partial
+    H = q_BTNH.shape[-1]
+    config, of = config or config_for(H), functools.partial
     run = differentiable(of(_forward, config=config), of(gradients, config=config))
-    return run(q_BTNH, k_BSKH, v_BSKH, mask)
+    mask = dataclasses.replace(mask, scale=H**-0.5 if mask.scale is None else mask.scale)
+    out_BTNH, lse_BTN = run(*map(with_whole_heads, (q_BTNH, k_BSKH, v_BSKH)), mask)
+    return out_BTNH[..., :H], lse_BTN
+
+
+def with_whole_heads(x_BTNH: jax.Array) -> jax.Array:
+    """With zeros up to a head dim that Triton's blocks can have: a power of two from 16."""
+    H = x_BTNH.shape[-1]
+    missing = max(16, pl.next_power_of_2(H)) - H
+    return jnp.pad(x_BTNH, ((0, 0),) * (x_BTNH.ndim - 1) + ((0, missing),)) if missing else x_BTNH
 
 
 # --- which blocks meet ----------------------------------------------------------------------------
@@ -230,24 +239,18 @@ def _side(block, size: int, offset, segments_ref, b) -> _Side:
     return _Side(rows, inside, row + offset, segments)
 
 
-def _head_slice(head_dim: int):
-    """(the slice of a head that a program reads, a power of two; which of it there is)."""
-    padded = max(16, pl.next_power_of_2(head_dim))
-    return pl.ds(0, padded), jnp.arange(padded) < head_dim
-
-
 def _load(ref, b, side: _Side, head):
-    """[rows, padded H], zeros beyond the array."""
-    dims, inside = _head_slice(ref.shape[-1])
-    return plt.load(
-        ref.at[b, side.rows, head, dims], mask=side.inside[:, None] & inside[None], other=0
-    )
+    """[rows, H], zeros beyond the array."""
+    return plt.load(ref.at[b, side.rows, head, :], mask=_inside(side, ref.shape[-1]), other=0)
 
 
 def _store(ref, b, side: _Side, head, value):
-    dims, inside = _head_slice(ref.shape[-1])
-    mask = side.inside[:, None] & inside[None]
-    plt.store(ref.at[b, side.rows, head, dims], value.astype(ref.dtype), mask=mask)
+    mask = _inside(side, ref.shape[-1])
+    plt.store(ref.at[b, side.rows, head, :], value.astype(ref.dtype), mask=mask)
+
+
+def _inside(side: _Side, head_dim: int):
+    return jnp.broadcast_to(side.inside[:, None], (*side.inside.shape, head_dim))
 
 
 def _stat(ref, b, head, side: _Side):
@@ -329,8 +332,10 @@ def gradients(
     *, config: Config | None = None,
 ):  # fmt: skip
     """(dq_BTNH, dk_BSKH, dv_BSKH), as `reference.attention_gradients`."""
-    config = config or config_for(q_BTNH.shape[-1])
-    B, T, N, _ = q_BTNH.shape
+    B, T, N, H = q_BTNH.shape
+    config = config or config_for(H)
+    mask = dataclasses.replace(mask, scale=H**-0.5 if mask.scale is None else mask.scale)
+    q_BTNH, k_BSKH, v_BSKH, dout_BTNH = map(with_whole_heads, (q_BTNH, k_BSKH, v_BSKH, dout_BTNH))
     (S, K), filled = k_BSKH.shape[1:3], _filled(mask, q_BTNH, k_BSKH)
     dead_BTN = lse_BTN == -jnp.inf  # p is 0 there: keep inf and nan away from the products
     stats = [jnp.swapaxes(jnp.where(dead_BTN, 0.0, x), 1, 2) for x in (lse_BTN, delta_BTN)]
@@ -356,7 +361,7 @@ def gradients(
         interpret=config.interpret,
         name="flash_of_keys",
     )(_ranges(spec, filled, spec.tiles, of_keys=True), *operands)
-    return dq_BTNH, dk_BSKH, dv_BSKH
+    return dq_BTNH[..., :H], dk_BSKH[..., :H], dv_BSKH[..., :H]
 
 
 def _pair(spec: _Spec, queries, keys, q_RH, k_CH, v_CH, dout_RH, lse_R, delta_R, masked: bool):
