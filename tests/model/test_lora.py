@@ -120,9 +120,7 @@ def test_eight_devices_compute_what_one_does():
 
     found, merged = jax.jit(run)(trained, base, hosts.to_global(mesh, BATCH))
     # float32 sums over rows in another order: 1e-6 of the largest entry, with room.
-    # Of the adapters of queries and keys a sum over tokens and ranks that largely cancels: 6e-6 of
-    # the largest entry on jax 0.10.2, 1.0e-5 on 0.12.
-    assert_trees_close(found, loss_and_gradients(), 3e-5)
+    assert_trees_close(found, loss_and_gradients(), 1e-5)
     alone = MODEL.merge(MODEL.complete(adapters(), tiny_params()))
     assert_trees_close(merged, alone, 1e-6)
     local = lambda x: x.sharding.shard_shape(x.shape)
