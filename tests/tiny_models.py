@@ -91,6 +91,27 @@ def assert_trees_close(got, want, relative: float) -> None:
     jax.tree_util.tree_map_with_path(check, got, want)
 
 
+def moved_by_an_ulp(tree, seed: int):
+    """Every weight moved to its next number, up or down: as much as any rounding may differ."""
+    random = np.random.default_rng(seed)
+    to = lambda w: random.choice([-np.inf, np.inf], np.shape(w)).astype(w.dtype)
+    return jax.tree.map(lambda w: np.nextafter(np.asarray(w), to(w)), tree)
+
+
+def assert_gradients_close(got, want, moved: list) -> None:
+    """Every leaf within 1e-5, in relative L2 and by its largest entry; or, where rounding does
+    more, within what a random ulp in all weights does to any leaf.
+
+    Args:
+      moved: `want` of weights that are `moved_by_an_ulp`, of several seeds.
+    """
+    for size in (np.linalg.norm, lambda x: np.abs(x).max()):
+        off = lambda a, b: size(np.asarray(a) - np.asarray(b)) / size(np.asarray(b))
+        worst = lambda tree: max(jax.tree.leaves(jax.tree.map(off, tree, want)))
+        limit = max(1e-5, *map(worst, moved))
+        assert worst(got) <= limit, (jax.tree.map(off, got, want), limit)
+
+
 def assert_trees_equal(got, want) -> None:
     def check(path, a, b):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny_models import packed_batch, tiny_model
+from tiny_models import moved_by_an_ulp, packed_batch, tiny_model
 
 from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
@@ -81,11 +81,7 @@ def one_device(experts: bool):
     assert losses[-1] < losses[0] - 0.5
     spread = 0.0
     for seed in range(8):
-        random = np.random.default_rng(seed)
-        moved = jax.tree.map(
-            lambda w: np.nextafter(w, random.choice([-np.inf, np.inf], w.shape).astype(w.dtype)),
-            params,
-        )
+        moved = moved_by_an_ulp(params, seed)
         spread = max(spread, np.abs(losses_of(moved)[0] - losses).max())
     return params, losses, gradients, spread
 
