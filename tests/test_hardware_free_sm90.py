@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxreason.kernels import flash_sm90, flash_sm90_backward, reference
+from jaxreason.kernels import flash_sm90, mosaic_gpu, reference
 from jaxreason.model.config import PRESETS
 from jaxreason.parallel import chips
 from jaxreason.types import AttentionMask
@@ -358,7 +358,7 @@ def test_the_backward_schedules_of_larger_heads_give_the_reference(head_dim, ord
 def test_every_item_is_dealt_to_one_program(programs, work):
     dealt = []
     for program in range(programs):
-        mine, item_of = flash_sm90._share(jnp.int32(program), programs, work)
+        mine, item_of = mosaic_gpu.share(jnp.int32(program), programs, work)
         dealt += [int(item_of(r)) for r in range(int(mine))]
     assert sorted(dealt) == list(range(work))
 
@@ -366,13 +366,13 @@ def test_every_item_is_dealt_to_one_program(programs, work):
 def test_the_longest_blocks_are_first_and_programs_are_balanced():
     lengths_BI = jnp.array([[1, 2, 3, 4], [4, 9, 0, 1]], jnp.int32)
     ranges_BI4 = jnp.stack([lengths_BI * 0, lengths_BI, lengths_BI, lengths_BI], -1)
-    order = flash_sm90_backward.longest_first(ranges_BI4)
+    order = mosaic_gpu.longest_first(ranges_BI4)
     assert order.tolist() == [5, 3, 4, 2, 1, 0, 7, 6]
     # Causal rows of 8,192 tokens and 16 heads, on the cores of an H200.
     lengths = np.repeat(np.arange(64, 0, -1), 16)
     of_program = []
     for program in range(132):
-        mine, item_of = flash_sm90._share(jnp.int32(program), 132, lengths.size)
+        mine, item_of = mosaic_gpu.share(jnp.int32(program), 132, lengths.size)
         of_program.append(sum(lengths[int(item_of(r))] for r in range(int(mine))))
     assert max(of_program) < 1.07 * np.mean(of_program)
 

@@ -5,13 +5,11 @@ keys that any of them may read, so that no score reaches memory; the backward pa
 again, once for the gradient of the queries and once for those of keys and values. Query heads read
 their key/value head as it lies, and arrays are read as [B, T, N, H], without a transpose.
 
-Which blocks meet is data (`_Ranges`): packed documents, windows and causality skip whole blocks,
-and inside the blocks that see each other entirely nothing is masked.
+Which blocks meet is data: see `mask_blocks.py`.
 """
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,11 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxreason.kernels.differentiable import differentiable
+from jaxreason.kernels.mask_blocks import (
+    FLOOR,
+    HIDDEN,
+    LOG2_E,
+    Spec,
+    filled_mask,
+    over,
+    ranges_of,
+)
 from jaxreason.types import AttentionMask
-
-_HIDDEN = -1e30  # score of a key that may not be read
-_FLOOR = -1e20  # least row maximum: exp2(_HIDDEN - _FLOOR) is exactly 0, even if no key is visible
-_LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,123 +106,26 @@ def with_whole_heads(x_BTNH: jax.Array) -> jax.Array:
     return jnp.pad(x_BTNH, ((0, 0),) * (x_BTNH.ndim - 1) + ((0, missing),)) if missing else x_BTNH
 
 
-# --- which blocks meet ----------------------------------------------------------------------------
+# --- blocks in a program --------------------------------------------------------------------------
 
 
-class _Mask(NamedTuple):
-    """The mask with nothing left out."""
-
-    q_segments_BT: jax.Array
-    k_segments_BS: jax.Array
-    offset_B: jax.Array
-
-
-def _filled(mask: AttentionMask, q_BTNH, k_BSKH) -> _Mask:
-    (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
-    q_segments_BT, k_segments_BS = mask.q_segments_BT, mask.kv_segments_BS
-    if q_segments_BT is None:
-        q_segments_BT, k_segments_BS = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
-    offset_B = jnp.zeros(B, jnp.int32) if mask.q_offset_B is None else mask.q_offset_B
-    return _Mask(q_segments_BT, k_segments_BS, offset_B.astype(jnp.int32))
+def _scores(spec: Spec, q_RH, k_CH):
+    """(float32 scores, d score / d (q.k))."""
+    s_RC = spec.scale * jnp.dot(q_RH, k_CH.T, preferred_element_type=jnp.float32)
+    if spec.soft_cap is None:
+        return s_RC, spec.scale
+    tanh_RC = jnp.tanh(s_RC / spec.soft_cap)
+    return spec.soft_cap * tanh_RC, spec.scale * (1 - tanh_RC**2)
 
 
-class _Blocks(NamedTuple):
-    """Bounds of each block; its segments as those of all, and of those that are not padding."""
-
-    first_BI: jax.Array
-    last_BI: jax.Array
-    least_BI: jax.Array
-    most_BI: jax.Array
-    least_real_BI: jax.Array
-
-
-def _blocks(segments_BT, offset_B, size: int) -> _Blocks:
-    B, T = segments_BT.shape
-    num_blocks = pl.cdiv(T, size)
-    padded_BT = jnp.pad(segments_BT, ((0, 0), (0, num_blocks * size - T)))
-    segments_BIR = padded_BT.reshape(B, num_blocks, size)
-    first_BI = offset_B[:, None] + size * jnp.arange(num_blocks)
-    real_BIR = jnp.where(segments_BIR == 0, jnp.iinfo(jnp.int32).max, segments_BIR)
-    return _Blocks(
-        first_BI,
-        jnp.minimum(first_BI + size, offset_B[:, None] + T) - 1,
-        segments_BIR.min(-1),
-        segments_BIR.max(-1),
-        real_BIR.min(-1),
-    )
-
-
-def _ranges(spec: "_Spec", mask: _Mask, tiles: Tiles, of_keys: bool = False) -> jax.Array:
-    """int32 [B, I, 4]: of each block of queries, the blocks of keys [0] <= j < [3] that it may
-    read; those with [1] <= j < [2] entirely. `of_keys`: of each block of keys, blocks of queries.
-
-    Blocks whose segments overlap count as meeting, so ids in any order are right; in packed rows,
-    where ids rise, no block is visited in vain.
-    """
-    q = _blocks(mask.q_segments_BT, mask.offset_B, tiles.queries)
-    k = _blocks(mask.k_segments_BS, jnp.zeros_like(mask.offset_B), tiles.keys)
-    q, k = _Blocks(*(x[:, :, None] for x in q)), _Blocks(*(x[:, None, :] for x in k))
-    some_BIJ = (q.least_real_BI <= k.most_BI) & (k.least_real_BI <= q.most_BI)
-    some_BIJ &= (q.most_BI > 0) & (k.most_BI > 0)
-    every_BIJ = (q.least_BI == k.most_BI) & (k.least_BI == q.most_BI) & (q.least_BI > 0)
+def _visible(spec: Spec, queries: "_Side", keys: "_Side"):
+    q_R1, k_1C = queries.index[:, None], keys.index[None]
+    see_RC = (queries.segments[:, None] == keys.segments[None]) & (keys.segments != 0)[None]
     if spec.causal:
-        some_BIJ &= k.first_BI <= q.last_BI
-        every_BIJ &= k.last_BI <= q.first_BI
+        see_RC &= k_1C <= q_R1
     if spec.window is not None:
-        some_BIJ &= k.last_BI > q.first_BI - spec.window
-        every_BIJ &= k.first_BI > q.last_BI - spec.window
-    every_BIJ &= some_BIJ
-    if of_keys:
-        some_BIJ, every_BIJ = jnp.swapaxes(some_BIJ, 1, 2), jnp.swapaxes(every_BIJ, 1, 2)
-    J = some_BIJ.shape[-1]
-    j_J = jnp.arange(J, dtype=jnp.int32)
-    first_BI = jnp.where(some_BIJ, j_J, J).min(-1)
-    end_BI = jnp.where(some_BIJ, j_J + 1, 0).max(-1)
-    first_BI = jnp.minimum(first_BI, end_BI)
-    whole_BI = jnp.where(every_BIJ, j_J, J).min(-1)  # the first run of such blocks
-    after_BIJ = (j_J > whole_BI[..., None]) & ~every_BIJ
-    whole_end_BI = jnp.where(after_BIJ, j_J, J).min(-1)
-    none_BI = whole_BI == J
-    whole_BI = jnp.where(none_BI, first_BI, whole_BI)
-    whole_end_BI = jnp.where(none_BI, first_BI, whole_end_BI)
-    return jnp.stack([first_BI, whole_BI, whole_end_BI, end_BI], axis=-1)
-
-
-# --- what a program knows when it is compiled -----------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    causal: bool
-    window: int | None
-    soft_cap: float | None
-    scale: float
-    group: int  # query heads of a key/value head
-    tiles: Tiles
-
-    @classmethod
-    def of(cls, mask: AttentionMask, q_BTNH, k_BSKH, tiles: Tiles) -> "_Spec":
-        N, H = q_BTNH.shape[2:]
-        scale = H**-0.5 if mask.scale is None else mask.scale
-        group = N // k_BSKH.shape[2]
-        return cls(mask.causal, mask.window, mask.soft_cap, scale, group, tiles)
-
-    def scores(self, q_RH, k_CH):
-        """(float32 scores, d score / d (q.k))."""
-        s_RC = self.scale * jnp.dot(q_RH, k_CH.T, preferred_element_type=jnp.float32)
-        if self.soft_cap is None:
-            return s_RC, self.scale
-        tanh_RC = jnp.tanh(s_RC / self.soft_cap)
-        return self.soft_cap * tanh_RC, self.scale * (1 - tanh_RC**2)
-
-    def visible(self, queries: "_Side", keys: "_Side"):
-        q_R1, k_1C = queries.index[:, None], keys.index[None]
-        see_RC = (queries.segments[:, None] == keys.segments[None]) & (keys.segments != 0)[None]
-        if self.causal:
-            see_RC &= k_1C <= q_R1
-        if self.window is not None:
-            see_RC &= k_1C > q_R1 - self.window
-        return see_RC
+        see_RC &= k_1C > q_R1 - spec.window
+    return see_RC
 
 
 class _Side(NamedTuple):
@@ -257,14 +163,6 @@ def _stat(ref, b, head, side: _Side):
     return plt.load(ref.at[b, head, side.rows], mask=side.inside, other=0)
 
 
-def _over(ranges, body, state):
-    """`state = body(block, state, masked)` over the blocks; in the middle nothing is masked."""
-    first, whole, whole_end, end = ranges
-    state = jax.lax.fori_loop(first, whole, functools.partial(body, masked=True), state)
-    state = jax.lax.fori_loop(whole, whole_end, functools.partial(body, masked=False), state)
-    return jax.lax.fori_loop(whole_end, end, functools.partial(body, masked=True), state)
-
-
 def _read_ranges(ranges_BI4, b, i):
     return tuple(ranges_BI4[b, i, n] for n in range(4))
 
@@ -274,8 +172,8 @@ def _read_ranges(ranges_BI4, b, i):
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, *, config: Config):
     B, T, N, _ = q_BTNH.shape
-    spec = _Spec.of(mask, q_BTNH, k_BSKH, config.forward)
-    filled = _filled(mask, q_BTNH, k_BSKH)
+    spec = Spec.of(mask, q_BTNH, k_BSKH, config.forward)
+    filled = filled_mask(mask, q_BTNH, k_BSKH)
     out_BTNH, lse_BNT = pl.pallas_call(
         functools.partial(_forward_kernel, spec=spec),
         out_shape=(
@@ -286,11 +184,11 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, *, config: Config):
         compiler_params=spec.tiles.options,
         interpret=config.interpret,
         name="flash_forward",
-    )(_ranges(spec, filled, spec.tiles), *filled, q_BTNH, k_BSKH, v_BSKH)
+    )(ranges_of(spec, filled, spec.tiles), *filled, q_BTNH, k_BSKH, v_BSKH)
     return out_BTNH, jnp.swapaxes(lse_BNT, 1, 2)
 
 
-def _forward_kernel(ranges, q_segments, k_segments, offset_B, q, k, v, out, lse, *, spec: _Spec):
+def _forward_kernel(ranges, q_segments, k_segments, offset_B, q, k, v, out, lse, *, spec: Spec):
     # The last blocks, which read most where attention is causal, begin first.
     i, n, b = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1), pl.program_id(2)
     queries = _side(i, spec.tiles.queries, offset_B[b], q_segments, b)
@@ -299,12 +197,12 @@ def _forward_kernel(ranges, q_segments, k_segments, offset_B, q, k, v, out, lse,
     def body(j, state, masked):
         out_RH, top_R, total_R = state
         keys = _side(j, spec.tiles.keys, 0, k_segments, b)
-        s_RC, _ = spec.scores(q_RH, _load(k, b, keys, n // spec.group))
+        s_RC, _ = _scores(spec, q_RH, _load(k, b, keys, n // spec.group))
         if masked:
-            s_RC = jnp.where(spec.visible(queries, keys), s_RC, _HIDDEN)
+            s_RC = jnp.where(_visible(spec, queries, keys), s_RC, HIDDEN)
         new_R = jnp.maximum(top_R, s_RC.max(1))
-        e_RC = jnp.exp2(_LOG2_E * (s_RC - new_R[:, None]))
-        shrink_R = jnp.exp2(_LOG2_E * (top_R - new_R))
+        e_RC = jnp.exp2(LOG2_E * (s_RC - new_R[:, None]))
+        shrink_R = jnp.exp2(LOG2_E * (top_R - new_R))
         v_CH = _load(v, b, keys, n // spec.group)
         out_RH = out_RH * shrink_R[:, None]
         out_RH += jnp.dot(e_RC.astype(v_CH.dtype), v_CH, preferred_element_type=jnp.float32)
@@ -313,10 +211,10 @@ def _forward_kernel(ranges, q_segments, k_segments, offset_B, q, k, v, out, lse,
     rows = spec.tiles.queries
     start = (
         jnp.zeros(q_RH.shape, jnp.float32),
-        jnp.full(rows, _FLOOR, jnp.float32),
+        jnp.full(rows, FLOOR, jnp.float32),
         jnp.zeros(rows, jnp.float32),
     )
-    out_RH, top_R, total_R = _over(_read_ranges(ranges, b, i), body, start)
+    out_RH, top_R, total_R = over(_read_ranges(ranges, b, i), body, start)
     dead_R = total_R == 0
     total_R = jnp.where(dead_R, 1.0, total_R)
     _store(out, b, queries, n, out_RH / total_R[:, None])
@@ -336,13 +234,13 @@ def gradients(
     config = config or config_for(H)
     mask = dataclasses.replace(mask, scale=H**-0.5 if mask.scale is None else mask.scale)
     q_BTNH, k_BSKH, v_BSKH, dout_BTNH = map(with_whole_heads, (q_BTNH, k_BSKH, v_BSKH, dout_BTNH))
-    (S, K), filled = k_BSKH.shape[1:3], _filled(mask, q_BTNH, k_BSKH)
+    (S, K), filled = k_BSKH.shape[1:3], filled_mask(mask, q_BTNH, k_BSKH)
     dead_BTN = lse_BTN == -jnp.inf  # p is 0 there: keep inf and nan away from the products
     stats = [jnp.swapaxes(jnp.where(dead_BTN, 0.0, x), 1, 2) for x in (lse_BTN, delta_BTN)]
     operands = (*filled, q_BTNH, k_BSKH, v_BSKH, *stats, dout_BTNH)
     shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    spec = _Spec.of(mask, q_BTNH, k_BSKH, config.of_queries)
+    spec = Spec.of(mask, q_BTNH, k_BSKH, config.of_queries)
     dq_BTNH = pl.pallas_call(
         functools.partial(_of_queries_kernel, spec=spec),
         out_shape=shape_of(q_BTNH),
@@ -350,9 +248,9 @@ def gradients(
         compiler_params=spec.tiles.options,
         interpret=config.interpret,
         name="flash_of_queries",
-    )(_ranges(spec, filled, spec.tiles), *operands)
+    )(ranges_of(spec, filled, spec.tiles), *operands)
 
-    spec = _Spec.of(mask, q_BTNH, k_BSKH, config.of_keys)
+    spec = Spec.of(mask, q_BTNH, k_BSKH, config.of_keys)
     dk_BSKH, dv_BSKH = pl.pallas_call(
         functools.partial(_of_keys_kernel, spec=spec),
         out_shape=(shape_of(k_BSKH), shape_of(v_BSKH)),
@@ -360,23 +258,23 @@ def gradients(
         compiler_params=spec.tiles.options,
         interpret=config.interpret,
         name="flash_of_keys",
-    )(_ranges(spec, filled, spec.tiles, of_keys=True), *operands)
+    )(ranges_of(spec, filled, spec.tiles, of_keys=True), *operands)
     return dq_BTNH[..., :H], dk_BSKH[..., :H], dv_BSKH[..., :H]
 
 
-def _pair(spec: _Spec, queries, keys, q_RH, k_CH, v_CH, dout_RH, lse_R, delta_R, masked: bool):
+def _pair(spec: Spec, queries, keys, q_RH, k_CH, v_CH, dout_RH, lse_R, delta_R, masked: bool):
     """(p_RC, ds_RC) of two blocks, of the operands' dtype."""
-    s_RC, slope = spec.scores(q_RH, k_CH)
+    s_RC, slope = _scores(spec, q_RH, k_CH)
     if masked:
-        s_RC = jnp.where(spec.visible(queries, keys), s_RC, _HIDDEN)
-    p_RC = jnp.exp2(_LOG2_E * (s_RC - lse_R[:, None]))
+        s_RC = jnp.where(_visible(spec, queries, keys), s_RC, HIDDEN)
+    p_RC = jnp.exp2(LOG2_E * (s_RC - lse_R[:, None]))
     dp_RC = jnp.dot(dout_RH, v_CH.T, preferred_element_type=jnp.float32)
     ds_RC = slope * p_RC * (dp_RC - delta_R[:, None])
     return p_RC.astype(v_CH.dtype), ds_RC.astype(k_CH.dtype)
 
 
 def _of_queries_kernel(
-    ranges, q_segments, k_segments, offset_B, q, k, v, lse, delta, dout, dq, *, spec: _Spec
+    ranges, q_segments, k_segments, offset_B, q, k, v, lse, delta, dout, dq, *, spec: Spec
 ):
     i, n, b = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1), pl.program_id(2)
     queries = _side(i, spec.tiles.queries, offset_B[b], q_segments, b)
@@ -391,11 +289,11 @@ def _of_queries_kernel(
         return dq_RH + jnp.dot(ds_RC, k_CH, preferred_element_type=jnp.float32)
 
     zeros_RH = jnp.zeros(q_RH.shape, jnp.float32)
-    _store(dq, b, queries, n, _over(_read_ranges(ranges, b, i), body, zeros_RH))
+    _store(dq, b, queries, n, over(_read_ranges(ranges, b, i), body, zeros_RH))
 
 
 def _of_keys_kernel(
-    ranges, q_segments, k_segments, offset_B, q, k, v, lse, delta, dout, dk, dv, *, spec: _Spec
+    ranges, q_segments, k_segments, offset_B, q, k, v, lse, delta, dout, dk, dv, *, spec: Spec
 ):
     j, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     keys = _side(j, spec.tiles.keys, 0, k_segments, b)
@@ -414,7 +312,7 @@ def _of_keys_kernel(
             dv_CH += jnp.dot(p_RC.T, dout_RH, preferred_element_type=jnp.float32)
             return dk_CH + jnp.dot(ds_RC.T, q_RH, preferred_element_type=jnp.float32), dv_CH
 
-        return _over(found, body, sums)
+        return over(found, body, sums)
 
     zeros_CH = jnp.zeros(k_CH.shape, jnp.float32)
     dk_CH, dv_CH = jax.lax.fori_loop(0, spec.group, of_head, (zeros_CH, zeros_CH))

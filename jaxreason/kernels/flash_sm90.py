@@ -22,28 +22,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxreason.kernels.differentiable import differentiable
-from jaxreason.kernels.flash import _FLOOR, _HIDDEN, _LOG2_E, _filled, _over, _ranges, _Spec
-from jaxreason.kernels.flash_sm90_backward import (
+from jaxreason.kernels.flash_sm90_backward import gradients
+from jaxreason.kernels.flash_sm90_config import (
     COMPUTE,
+    COMPUTE_CAPABILITY,
     CONFIGS,
     ROWS,
     WGMMA,
     Config,
-    Sides,
     Tiles,
+    config_for,
+)
+from jaxreason.kernels.mask_blocks import FLOOR, HIDDEN, LOG2_E, Spec, filled_mask, over, ranges_of
+from jaxreason.kernels.mosaic_gpu import (
+    Sides,
     along,
     barriers,
     capped,
-    config_for,
     copy_into,
     factor_of,
     full,
-    gradients,
     launch,
     longest_first,
     matrix,
     place_of,
     refuse,
+    share,
     slot_of,
     vector,
     visible,
@@ -61,8 +65,6 @@ __all__ = [
     "gradients",
 ]
 
-COMPUTE_CAPABILITY = "9.0"  # the only one whose instructions these are
-
 
 def attention(
     q_BTNH: jax.Array,
@@ -79,27 +81,18 @@ def attention(
     Raises NotImplementedError for dtypes other than bfloat16 or float16, for a head dim above 256
     and for a scale that is not positive.
     """
-    refuse(mask, q_BTNH, k_BSKH, v_BSKH)
+    refuse("flash_sm90", mask, q_BTNH, k_BSKH, v_BSKH)
     config = config or config_for(q_BTNH.shape[-1])
     of = functools.partial
     run = differentiable(of(_forward, config=config), of(gradients, config=config))
     return run(q_BTNH, k_BSKH, v_BSKH, mask)
 
 
-def _share(program, programs: int, work: int):
-    """(how many items of work are a program's, `round -> item`). Every other round is dealt out
-    backwards, so that who had the longest item then has the shortest."""
-    rounds, left = divmod(work, programs)
-    place = lambda r: jnp.where(r % 2 == 0, program, programs - 1 - program)
-    mine = rounds + (place(jnp.int32(rounds)) < left).astype(jnp.int32)
-    return mine, lambda r: r * programs + place(r)
-
-
 def _forward(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, *, config: Config):
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     tiles = config.forward
-    spec, filled = _Spec.of(mask, q_BTNH, k_BSKH, tiles), _filled(mask, q_BTNH, k_BSKH)
-    sides, ranges_BI4 = Sides.of(filled, tiles), _ranges(spec, filled, tiles)
+    spec, filled = Spec.of(mask, q_BTNH, k_BSKH, tiles), filled_mask(mask, q_BTNH, k_BSKH)
+    sides, ranges_BI4 = Sides.of(filled, tiles), ranges_of(spec, filled, tiles)
     q_BTNH = whole(q_BTNH, tiles.queries)
     k_BSKH, v_BSKH = (whole(x, tiles.keys) for x in (k_BSKH, v_BSKH))
     (B, _, N, padded_H), dtype = q_BTNH.shape, q_BTNH.dtype
@@ -123,20 +116,21 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, *, config: Config):
             v_read=barriers(COMPUTE, tiles.value_stages),
             turn=barriers(COMPUTE),
         ),
+        warpgroups=COMPUTE + 1,
         programs=min(config.programs, B * N * ranges_BI4.shape[1]),
     )(ranges_BI4, longest_first(ranges_BI4), *sides, q_BTNH, k_BSKH, v_BSKH)
     return out_BTNH[:, :T, :, :H], jnp.swapaxes(lse_BNT[..., :T], 1, 2)
 
 
 def _forward_kernel(
-    ranges, order, q_segments, k_segments, offset_B, q, k, v, out, lse, *, spec: _Spec,
+    ranges, order, q_segments, k_segments, offset_B, q, k, v, out, lse, *, spec: Spec,
     q_smem, k_smem, v_smem, k_segments_smem, lse_smem,
     q_ready, k_ready, k_read, v_ready, v_read, turn,
 ):  # fmt: skip
     tiles, (_, _, N, H) = spec.tiles, q.shape
     wg = lax.axis_index("warpgroup")
     work = ranges.shape[0] * ranges.shape[1] * N
-    num_items, item_of = _share(lax.axis_index("program"), lax.axis_size("program"), work)
+    num_items, item_of = share(lax.axis_index("program"), lax.axis_size("program"), work)
     place = lambda r: place_of(item_of(r), order, ranges, N)
 
     # Steps count the blocks of keys of all items: so buffers and barriers go on from one to the
@@ -181,7 +175,7 @@ def _forward_kernel(
             rows, first_query = pl.ds(first_row, ROWS), first_row + offset_B[b]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's output has left
             plgpu.copy_gmem_to_smem(q.at[b, rows, n], q_smem.at[wg], q_ready.at[wg])
-            q_segments_R = vector(q_segments.at[b, rows], 0)
+            q_segments_R = vector(q_segments.at[b, rows], 0, WGMMA)
             plgpu.barrier_wait(q_ready.at[wg])
             pl.when(first < end)(lambda: wait_for_keys(step))
             pl.when(wg == 1)(take_turns)  # half a block behind
@@ -198,9 +192,9 @@ def _forward_kernel(
 
                 s_RC = capped(spec, pl.run_scoped(product, plgpu.ACC(shape, jnp.float32)))
                 if masked:
-                    sides = q_segments_R, vector(k_segments_smem.at[slot], 1)
-                    see_RC = visible(spec, shape, 0, first_query, j * tiles.keys, *sides)
-                    s_RC = jnp.where(see_RC, s_RC, _HIDDEN)
+                    sides = q_segments_R, vector(k_segments_smem.at[slot], 1, WGMMA)
+                    see_RC = visible(spec, shape, 0, first_query, j * tiles.keys, *sides, WGMMA)
+                    s_RC = jnp.where(see_RC, s_RC, HIDDEN)
                 plgpu.barrier_arrive(k_read.at[slot])
 
                 # Tops are in powers of two, so that the exponent is one multiply-add.
@@ -226,12 +220,12 @@ def _forward_kernel(
                 plgpu.barrier_arrive(v_read.at[late])
                 return out_RH, new_R, total_R
 
-            out_RH, top_R, total_R = _over(
+            out_RH, top_R, total_R = over(
                 found,
                 body,
                 (
                     full((ROWS, H), 0.0, WGMMA),
-                    full((ROWS,), _FLOOR, WGMMA.reduce(1)),
+                    full((ROWS,), FLOOR, WGMMA.reduce(1)),
                     full((ROWS,), 0.0, WGMMA.reduce(1)),
                 ),
             )
@@ -239,7 +233,7 @@ def _forward_kernel(
             dead_R = total_R == 0.0
             total_R = jnp.where(dead_R, 1.0, total_R)
             q_smem.at[wg][...] = (out_RH * along(1.0 / total_R, out_RH.shape, 0)).astype(q.dtype)
-            lse_R = (top_R + jnp.log2(total_R)) / _LOG2_E
+            lse_R = (top_R + jnp.log2(total_R)) / LOG2_E
             lse_smem.at[wg][...] = jnp.where(dead_R, -jnp.inf, lse_R)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out.at[b, rows, n])
