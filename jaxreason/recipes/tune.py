@@ -11,9 +11,6 @@ tools/tune_mesh.py is the command.
 
 import concurrent.futures
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -31,12 +28,12 @@ from jax.sharding import AbstractMesh
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import KEEPABLE, REMAT
-from jaxreason.parallel import chips, cost, hosts, rules
+from jaxreason.parallel import cost, hosts, rules
 from jaxreason.parallel.mesh import AXES
 from jaxreason.parallel.workload import KEPT, Layout, Weight, Workload
+from jaxreason.recipes import tune_kept
 from jaxreason.recipes.tune_request import Request
 from jaxreason.recipes.tune_step import Step, execution
-from jaxreason.report.summary import write_whole
 
 _POLICIES = ("none", *REMAT, "qkv+attention", "attention+gate_up")
 _A_MESH = 3  # candidates of one mesh among those that are compiled
@@ -279,7 +276,7 @@ def _leanest(request: Request) -> tuple[float, Layout]:
 class Compiler:
     """Where steps are compiled: so many processes, each with a time limit.
 
-    Figures are kept; what failed is tried again.
+    Figures are kept by the lowered program (tune_kept.py); what failed is tried again.
     """
 
     cache: pathlib.Path
@@ -306,16 +303,11 @@ class Compiler:
         return [done[index] for index in range(len(chosen))]
 
     def _figures(self, step: Step) -> tuple[dict, bool]:
-        path = self.cache / f"{_key(step)}.json"
-        if path.exists():
-            return json.loads(path.read_text())["figures"], True
-        figures = run_step(step, "compile", self.limit_seconds)
-        if "error" in figures:
-            return figures, False
-        self.cache.mkdir(parents=True, exist_ok=True)
-        record = {"step": dataclasses.asdict(step), "figures": figures}
-        write_whole(path, json.dumps(record, indent=1) + "\n")
-        return figures, False
+        figures = run_step(step, "compile", self.limit_seconds, self.cache)
+        kept, key = figures.pop("kept", False), figures.pop("key", None)
+        if key is not None:
+            tune_kept.write(self.cache, key, dataclasses.asdict(step), figures)
+        return figures, kept
 
 
 def step_of(request: Request, candidate: Candidate) -> Step:
@@ -333,11 +325,14 @@ def step_of(request: Request, candidate: Candidate) -> Step:
     )
 
 
-def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
+def run_step(
+    step: Step, mode: str, limit_seconds: float, cache: pathlib.Path | None = None
+) -> dict:
     """tune_step in a process of its own. What it could not do is {"error": why, in one line}.
 
     Args:
       mode: compile, for devices that are not here, or devices or measure, for those that are.
+      cache: folder of figures that need not be compiled for.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -348,9 +343,10 @@ def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
         environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is touched
     if step.chip == "cpu":
         environment["JAX_NUM_CPU_DEVICES"] = str(step.hosts * step.devices_per_host)
+    command = [sys.executable, "-m", "jaxreason.recipes.tune_step", mode]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "jaxreason.recipes.tune_step", mode],
+            command + ([] if cache is None else [str(cache)]),
             input=json.dumps(dataclasses.asdict(step)), env=environment, text=True,
             capture_output=True, timeout=limit_seconds,
         )  # fmt: skip
@@ -359,51 +355,14 @@ def run_step(step: Step, mode: str, limit_seconds: float) -> dict:
     if done.returncode:
         return {"error": _why(done.stderr)}
     warned = done.stderr.lower().count("involuntary full rematerialization")
-    return {**json.loads(done.stdout.splitlines()[-1]), "involuntary_rematerializations": warned}
+    said = json.loads(done.stdout.splitlines()[-1])
+    return {"involuntary_rematerializations": warned, **said}  # what is kept has its own
 
 
 def _why(said: str) -> str:
     """The error in what a process said; JAX ends with a note on the frames it left out."""
     errors = re.findall(r"^[\w.]*Error(?:: .*)?$", said, re.MULTILINE)
     return (errors or said.strip().splitlines() or ["no output"])[-1].removeprefix("ValueError: ")
-
-
-def _key(step: Step) -> str:
-    """Of the step, and of the code and compiler that it is made by."""
-    options = chips.xla_options(chips.chip(step.chip), math.prod(step.shape.values()))
-    compilers = _COMPILERS[chips.chip(step.chip).platform]
-    parts = [dataclasses.asdict(step), options, jax.__version__, _versions(compilers), _code()]
-    content = json.dumps(parts, sort_keys=True)
-    return f"{step.chip}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-_COMPILERS = {  # of a platform: their packages
-    "cpu": ("jaxlib",),
-    "cuda": ("jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt"),
-    "tpu": ("jaxlib", "libtpu"),
-}
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in packages
-        if any(importlib.metadata.distributions(name=name))
-    }
-
-
-@functools.cache
-def _code() -> str:
-    """A digest of all that a compiled step is made of, and its figures are read with."""
-    digest = hashlib.sha256()
-    parts = ("kernels/*.py", "model/*.py", "objectives/*.py", "train/st*.py", "train/optim.py",
-             "parallel/mesh.py", "parallel/rules.py", "parallel/chips.py", "parallel/hlo.py",
-             "recipes/tune_step.py", "types.py")  # fmt: skip
-    for part in parts:
-        for path in sorted(_PACKAGE.glob(part)):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 # --- rank -----------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """One candidate of the tuner, in a process of its own: its train step, compiled or measured.
 
-  python -m jaxreason.recipes.tune_step compile|devices|measure  < STEP.json  > FIGURES.json
+  python -m jaxreason.recipes.tune_step compile|devices|measure [FOLDER] < STEP.json > FIGURES.json
 
-`compile` needs no accelerator: the plugin of the chip's compiler is enough. `measure` runs the step
-on the devices that there are, `devices` only sees that they are those of the step.
+`compile` needs no accelerator: the plugin of the chip's compiler is enough. What the folder has of
+the lowered program is not compiled again. `measure` runs the step on the devices that there are,
+`devices` only sees that they are those of the step.
 """
 
 import dataclasses
 import json
 import math
+import pathlib
 import sys
 import time
 
@@ -22,8 +24,9 @@ from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.objectives.policy import PRESETS
-from jaxreason.parallel import chips, hlo, rules
+from jaxreason.parallel import chips, rules
 from jaxreason.parallel.mesh import make_mesh
+from jaxreason.recipes import tune_kept
 from jaxreason.train import optim
 from jaxreason.train import state as state_lib
 from jaxreason.train.step import TrainStep, make_train_step
@@ -46,6 +49,7 @@ class Step:
     shape: dict[str, int]  # of the mesh
     microbatches: int
     remat: str
+    attention: str = "auto"
 
     @property
     def num_shards(self) -> int:
@@ -63,16 +67,17 @@ class _Sizes:
     shape: dict[str, int]
 
 
-def execution(chip: str, remat: str) -> Execution:
+def execution(chip: str, remat: str, attention: str = "auto") -> Execution:
     """As recipes.assemble.execution chooses on that chip where the config says `auto`."""
     if chip == "cpu":
-        return Execution("float32", remat=remat, scan_layers=False)
-    return Execution("bfloat16", remat=remat, scan_layers=True)
+        return Execution("float32", attention, remat=remat, scan_layers=False)
+    return Execution("bfloat16", attention, remat=remat, scan_layers=True)
 
 
 def build(step: Step, mesh: Mesh) -> tuple[LanguageModel, object, TrainStep]:
     """(model, optimizer, train step) as the recipe makes them."""
-    model = LanguageModel(DecoderConfig(**step.model), execution(step.chip, step.remat), mesh)
+    how = execution(step.chip, step.remat, step.attention)
+    model = LanguageModel(DecoderConfig(**step.model), how, mesh)
     settings = optim.OptimizerConfig(schedule="constant")
     optimizer = optim.make_optimizer(settings, model.axes)
     objective = PRESETS["dapo"].policy if step.recipe == "rl" else LanguageModeling()  # as rl:hf
@@ -102,24 +107,26 @@ def abstract_batch(step: Step, mesh: Mesh) -> Batch | PolicyBatch:
     )
 
 
-def compiled(step: Step) -> dict:
-    """Seconds of compilation, bytes of one device, and the collectives of the optimized program."""
+def lowered(step: Step) -> tuple[jax.stages.Lowered, str]:
+    """(the train step as the compiler gets it, the key under which its figures are kept)."""
     mesh = make_mesh(step.shape, _devices(step))
     model, optimizer, train_step = build(step, mesh)
     state = state_lib.abstract(model, optimizer)
+    program = train_step.lower(state, abstract_batch(step, mesh), None)
+    machine = [step.hosts, step.devices_per_host, *(device.id for device in mesh.devices.flat)]
+    options = chips.xla_options(chips.chip(step.chip), mesh.size)
+    return program, tune_kept.key(program.as_text(), step.chip, machine, options)
+
+
+def compiled(step: Step, folder: pathlib.Path | None = None) -> dict:
+    """tune_kept.figures of the step and its key; those in the folder where it has them, `kept`."""
+    program, key = lowered(step)
+    found = folder and tune_kept.read(folder, key)
+    if found:
+        return {**found, "kept": True}
     began = time.monotonic()
-    program = train_step.lower(state, abstract_batch(step, mesh), None).compile()
-    memory = program.memory_analysis()
-    found = hlo.collectives(program.as_text())
-    return {
-        "compile_seconds": round(time.monotonic() - began, 1),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
-        "host_temp_bytes": memory.host_temp_size_in_bytes,
-        "collective_bytes": hlo.total_bytes(found),
-        "collectives": hlo.summary(found),
-    }
+    done = program.compile()
+    return {**tune_kept.figures(done, time.monotonic() - began), "key": key}
 
 
 def _devices(step: Step) -> list[jax.Device]:
@@ -184,9 +191,10 @@ _MODES = {
 
 
 def main() -> int:
+    mode, *folder = sys.argv[1:]
+    tune_kept.without_locations()
     step = Step(**json.load(sys.stdin))
-    figures = _MODES[sys.argv[1]](step)
-    print(json.dumps(figures))
+    print(json.dumps(_MODES[mode](step, *map(pathlib.Path, folder))))
     return 0
 
 

@@ -5,26 +5,25 @@ import itertools
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 
 import jax
 import pytest
+from tuned_steps import TINY, figures_of, simulated_compiler, tiny_step
 
 from jaxreason import launch
 from jaxreason.checkpoint.hf_config import config_to_hf
 from jaxreason.model.config import preset
 from jaxreason.parallel import chips
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, tune, tune_files, tune_step, tune_tables
+from jaxreason.recipes import assemble, tune, tune_files, tune_kept, tune_step, tune_tables
 from jaxreason.recipes.tune import Compiler
 from jaxreason.recipes.tune_request import Request
 
 ASKED = dict(
     chip="b200", hosts=1, model="qwen3-1.5b", sequence=4096, tokens_per_step=2_097_152, tokens=100e9
 )
-TINY = dict(chip="cpu", hosts=1, model="qwen3-tiny", sequence=64, tokens_per_step=1024)
 
 
 def first_fitting(request: Request) -> tune.Candidate:
@@ -149,61 +148,13 @@ def test_samples_of_reinforcement_learning_take_time_and_room():
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def test_figures_are_kept_and_what_failed_is_tried_again(tmp_path, monkeypatch):
-    asked = []
-
-    def run_step(step, mode, limit):
-        asked.append((step.microbatches, mode, limit))
-        if step.microbatches == 2 and limit < 10:
-            return {"error": "not done in 7 s"}
-        return {"argument_bytes": 10, "temp_bytes": 5 * step.microbatches, "compile_seconds": 0.1}
-
-    monkeypatch.setattr(tune, "run_step", run_step)
-    request = Request(**TINY)
-    chosen = [c for c in tune.candidates(request) if c.layout.shape["fsdp"] == 8]
-    chosen = [c for c in chosen if c.remat == "full"][:2]
-    outcomes = []
-    for limit in (7, 7, 20, 20):
-        heard = {}
-        on_done = lambda c, kept, heard=heard: heard.update({c.layout.microbatches: kept})
-        done = Compiler(tmp_path, processes=2, limit_seconds=limit).run(request, chosen, on_done)
-        assert [c.layout.microbatches for c in done] == [c.layout.microbatches for c in chosen]
-        bytes_of = {c.layout.microbatches: c.bytes for c in done if c.compiled}
-        outcomes.append((heard, bytes_of))
-        fit = [tune.fits(request, c) for c in tune.ranked(request, done)]
-        assert fit == [True, limit > 10]
-    assert outcomes == [
-        ({1: False, 2: False}, {1: 15}),
-        ({1: True, 2: False}, {1: 15}),
-        ({1: True, 2: False}, {1: 15, 2: 20}),
-        ({1: True, 2: True}, {1: 15, 2: 20}),
-    ]
-    assert {call[1] for call in asked} == {"compile"} and len(asked) == 4
-
-
-def test_figures_belong_to_the_code_and_the_compiler_that_made_them(tmp_path, monkeypatch):
-    package = shutil.copytree(tune._PACKAGE, tmp_path / "jaxreason")
-    monkeypatch.setattr(tune, "_PACKAGE", package)
-    parts = ("parallel/hlo.py", "parallel/chips.py", "recipes/tune_step.py", "types.py",
-             "model/decoder.py")  # fmt: skip
-    digests = {tune._code.__wrapped__()}
-    for part in parts:
-        (package / part).write_text((package / part).read_text() + "# changed\n")
-        digests.add(tune._code.__wrapped__())
-    assert len(digests) == 1 + len(parts)
-    keys = {tune._key(tiny_step())}
-    monkeypatch.setattr(tune.importlib.metadata, "version", lambda name: f"another {name}")
-    assert tune._key(tiny_step()) not in keys
-
-
 def test_a_step_that_takes_too_long_is_given_up():
     step = tune.step_of(Request(**TINY), first_fitting(Request(**TINY)))
     assert tune.run_step(step, "compile", 0.05) == {"error": "not done in 0 s"}
 
 
 def test_nothing_that_fits_when_compiled_is_said(tmp_path, monkeypatch):
-    huge = {"argument_bytes": 2**50, "temp_bytes": 0, "compile_seconds": 1.0}
-    monkeypatch.setattr(tune, "run_step", lambda *_: huge)
+    monkeypatch.setattr(tune, "run_step", lambda *_: figures_of(2**50, 0))
     with pytest.raises(ValueError, match=r"none of the 2 layouts .* fits: the least takes 10485"):
         tune.search(Request(**TINY), Compiler(tmp_path), 2)
 
@@ -257,15 +208,6 @@ def test_a_step_is_measured_on_its_own_devices_only(there, changes, message, mon
         tune_step.measured(tiny_step(**changes))
 
 
-def tiny_step(**changes) -> tune_step.Step:
-    shape = dict.fromkeys(AXES, 1) | {"fsdp": 4, "tensor": 2}
-    step = tune_step.Step(
-        chip="cpu", hosts=1, devices_per_host=8, model=dataclasses.asdict(preset("qwen3-tiny")),
-        recipe="fit", rows=8, length=32, shape=shape, microbatches=1, remat="full",
-    )  # fmt: skip
-    return dataclasses.replace(step, **changes)
-
-
 def test_a_step_is_compiled_and_measured_here():
     """On the eight virtual CPU devices: as the recipe would make it, sharded, state aliased."""
     step = tiny_step()
@@ -276,6 +218,7 @@ def test_a_step_is_compiled_and_measured_here():
     assert figures["alias_bytes"] > 0.9 * figures["argument_bytes"]
     assert any(line["kind"] == "all-gather" for line in figures["collectives"])
     assert json.loads(json.dumps(figures)) == figures
+    assert figures.keys() == {*tune_kept.FIGURES, "key"} - {"involuntary_rematerializations"}
     assert 0 < tune_step.measured(step)["step_seconds"] < 60
 
 
@@ -409,9 +352,9 @@ def launched(path, workdir, *overrides) -> None:
 
 
 def test_a_page_of_tables_is_filled_between_its_marks_and_again(tmp_path, monkeypatch):
-    figures = dict(argument_bytes=2**34, temp_bytes=2**34, compile_seconds=1.0, collective_bytes={})
     asked = []
-    monkeypatch.setattr(tune, "run_step", lambda step, *_: asked.append(step) or figures)
+    simulated = simulated_compiler(asked, figures_of(2**34, 2**34))
+    monkeypatch.setattr(tune, "run_step", simulated)
     page = tmp_path / "scaling.md"
     page.write_text(f"before\n{tune_tables._BEGIN}\nold\n{tune_tables._END}\nafter\n")
     make = lambda: tune_tables.make(
