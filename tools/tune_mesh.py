@@ -6,9 +6,10 @@
 Every layout that the model divides over is weighed by arithmetic; the real train step of the best
 is compiled for the chip, without one, for its memory and collectives. Speed is predicted
 (parallel/step_time.py has the model, parallel/chips.py its constants). Compiled figures are kept:
-run again to go on. --measure times the best on the devices of this machine. The winner is written
-as a config for `launch`. Needs the compiler of the chip: pip install .[cuda] or .[tpu]; --compile=0
-needs none.
+run again to go on. --attention=NAME asks for an implementation, as mesh.attention does: a kernel's
+time is that of published ones; its own is not known before it has run. --measure times the best on
+the devices of this machine. The winner is written as a config for `launch`. Needs the compiler of
+the chip: pip install .[cuda] or .[tpu]; --compile=0 needs none.
 
   python tools/tune_mesh.py --tables=docs/scaling.md     makes its tables, or goes on with them
 
@@ -32,6 +33,7 @@ import rich.console
 import rich.progress
 import rich.table
 
+from jaxreason.model.attention import IMPLEMENTATIONS
 from jaxreason.recipes import tune, tune_files, tune_request, tune_tables
 from jaxreason.recipes.tune import Candidate
 from jaxreason.recipes.tune_request import Request
@@ -84,6 +86,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=float, help="of the whole run, for its hours")
     add("--recipe", default="pretrain", help=", ".join(tune_request.RECIPES))
     add("--mesh", default="", metavar="AXIS=N,...", help="axes that are given")
+    add("--attention", default="auto", metavar="NAME", help=f"auto, {', '.join(IMPLEMENTATIONS)}")
     add("--compile", type=int, default=12, help="layouts to compile; 0: arithmetic alone")
     add("--processes", type=int, default=2, help="that compile at a time")
     add("--limit", type=float, default=300.0, help="seconds for one layout")
@@ -132,7 +135,7 @@ def _request(args: argparse.Namespace) -> Request:
                              "--tokens-per-step say what is asked")  # fmt: skip
     return Request(
         args.chip, args.hosts, args.model, args.sequence, args.tokens_per_step, args.tokens,
-        args.recipe, args.devices_per_host, _axes(args.mesh),
+        args.recipe, args.devices_per_host, _axes(args.mesh), args.attention,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from jaxreason.parallel.step_time import step_seconds
 from jaxreason.parallel.workload import Layout, Workload, cache_bytes, widths
 
 _BLOCK, _SCORES = 64, 6  # queries of a block (kernels/blockwise.py), and its arrays alive at once
+_SQUARES = 4  # arrays of every score that kernels/reference.py has alive at once, or keeps
 
 
 def flops_per_token(
@@ -131,7 +132,10 @@ def _kept_numbers(work: Workload, layout: Layout) -> float:
         mlp = 0.0
     attended = work.num_heads * work.head_dim / layout.ways("heads")
     if layout.kept is None:  # norms and rotations keep fp32; the MLP its gate twice
-        return 10 * embed + 5.5 * heads + 6 * mlp
+        squares = 0.0
+        if layout.attention == "reference":  # fp32
+            squares = 4 * _SQUARES * work.length * work.num_heads / layout.ways("heads")
+        return 10 * embed + 5.5 * heads + 6 * mlp + squares / work.dtype_bytes
     sizes = {
         "qkv": heads,
         "attention": attended + 2 * work.num_heads / layout.ways("heads"),  # and fp32 lse
@@ -162,9 +166,8 @@ def _layer_bytes(work: Workload, layout: Layout, chip: Chip) -> float:
         numbers += 4 * work.embed_dim * work.experts_per_token
     if not (work.num_experts and chip.platform == "tpu"):  # there the inner rows are gone by then
         numbers += 8 * mlp
-    scores = 4 * tokens * work.num_heads / layout.ways("heads") * _BLOCK * _SCORES
-    if layout.attention == "flash":
-        scores = 0.0
+    keys = {"blockwise": _BLOCK * _SCORES, "reference": work.length * _SQUARES, "flash": 0}
+    scores = 4 * tokens * work.num_heads / layout.ways("heads") * keys[layout.attention]
     gathered = sum(
         w.size / math.prod(layout.ways(a) for a in w.axes if not a.endswith("embed"))
         for w in work.matrices

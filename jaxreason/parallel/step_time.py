@@ -98,7 +98,9 @@ def _attention_seconds(work: Workload, layout: Layout, chip: Chip) -> float:
         return seconds
     forward = passes - 2
     moved = forward * _SCORE_BYTES["forward"] + _SCORE_BYTES["backward"]
-    scores = 9 / 8 * work.num_heads * work.keys_per_query * tokens  # 8 bands of a causal square
+    every = 2 * work.keys_per_query  # the square; in blocks, 8 bands of its causal half
+    keys = every if layout.attention == "reference" else 9 / 16 * every
+    scores = work.num_heads * keys * tokens
     products = 2 * forward + 5  # backward, the scores once more
     flops = 2 * products * work.head_dim * scores
     return moved * scores / (chip.bandwidth * e.memory) + flops / _matmul_rate(chip, work.head_dim)

@@ -89,7 +89,8 @@ class Layout:
     shape: Mapping[str, int]  # mesh axis -> size, as parallel.mesh.AXES orders them
     microbatches: int = 1
     kept: frozenset[str] | None = None  # of KEPT, the rest is recomputed; None: all of everything
-    attention: str = "blockwise"  # its scores go through memory | flash: they do not
+    # blockwise: scores go through memory | reference: all at once | flash: they stay on the chip
+    attention: str = "blockwise"
     sums_once: bool = False  # gradients over copies of the weights: once a step, not a microbatch
 
     @property

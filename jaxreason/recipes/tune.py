@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from jaxreason.model.attention import IMPLEMENTATIONS, PLAIN, choose
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import KEEPABLE, REMAT
@@ -114,21 +115,45 @@ _SHARED = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "h
 def candidates(request: Request) -> list[Candidate]:
     """All that is legal, fastest first by arithmetic, whether it fits or not.
 
-    Raises ValueError where no mesh is legal, with the first reason.
+    Raises ValueError where the attention cannot run there, with every implementation's reason, and
+    where no mesh is legal, with the first.
     """
     work, found = workload(request), []
     for shape in legal_shapes(request, work):
         for microbatches in _cuts(request, shape):
             for remat in _POLICIES:
-                kept = execution(request.chip, remat).kept
-                kept = None if kept is None else frozenset(kept)
-                layout = Layout(shape, microbatches, kept)
-                found.append(Candidate(layout, remat, cost.estimate(work, layout, request.device)))
+                found.append(_candidate(request, work, shape, microbatches, remat))
     return sorted(found, key=lambda c: (c.estimate.step_seconds, c.estimate.total_bytes))
 
 
+def _candidate(request: Request, work: Workload, shape, microbatches: int, remat: str) -> Candidate:
+    kept = execution(request.chip, remat).kept
+    kept = None if kept is None else frozenset(kept)
+    layout = Layout(shape, microbatches, kept, _scores(request, shape))
+    return Candidate(layout, remat, cost.estimate(work, layout, request.device))
+
+
+def _scores(request: Request, shape: dict[str, int]) -> str:
+    """Where attention's scores are (workload.Layout): of a kernel, all on the chip."""
+    chosen = request.chosen_attention
+    if shape["context"] > 1:
+        chosen = choose(request.attention, request.attention_use(parts=True))
+    return chosen if chosen in PLAIN else "flash"
+
+
+def with_attention(request: Request, candidate: Candidate, name: str) -> tuple[Request, Candidate]:
+    """The same layout with another implementation. Raises ValueError where it cannot run there."""
+    other, layout = dataclasses.replace(request, attention=name), candidate.layout
+    shape, work = dict(layout.shape), workload(other)
+    return other, _candidate(other, work, shape, layout.microbatches, candidate.remat)
+
+
 def legal_shapes(request: Request, work: Workload) -> list[dict[str, int]]:
-    """Meshes of all devices that every weight and the batch divide over."""
+    """Meshes of all devices that every weight and the batch divide over, and attention can run on.
+
+    Raises ValueError where there is none.
+    """
+    _ = request.chosen_attention  # refused where no mesh would help
     refused: list[str] = []
     legal = list(_legal(request, work, refused.append))
     if not legal:
@@ -145,10 +170,18 @@ def _legal(
             for weight in work.weights:
                 rules.sharding(mesh, weight.name, weight.shape, weight.axes)
             hosts.check_rows(mesh, request.rows, 1, 1)
+            _check_attention(request, shape)
         except ValueError as error:
             refuse(str(error))
         else:
             yield shape
+
+
+def _check_attention(request: Request, shape: dict[str, int]) -> None:
+    """Raises ValueError where the mesh splits rows, and what is asked for cannot merge them."""
+    use = request.attention_use(parts=shape["context"] > 1)
+    if request.attention != "auto" and (why := IMPLEMENTATIONS[request.attention].reasons(use)):
+        raise ValueError(f"--attention={request.attention} {', '.join(why)}")
 
 
 def _shapes(request: Request, work: Workload) -> Iterator[dict[str, int]]:
@@ -322,6 +355,7 @@ def step_of(request: Request, candidate: Candidate) -> Step:
         shape=dict(candidate.layout.shape),
         microbatches=candidate.layout.microbatches,
         remat=candidate.remat,
+        attention=request.attention,
     )
 
 

@@ -58,7 +58,7 @@ def write_config(request: Request, candidate: Candidate, path: pathlib.Path) -> 
         base=base,
         full=full,
         mesh=_text(mesh),
-        run=_text(_model(request) | _batch(request, candidate)),
+        run=_text(_attention(request) | _model(request) | _batch(request, candidate)),
         small=_text(_small(request, candidate)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def headline(request: Request, candidate: Candidate) -> str:
         pace += f", {request.tokens / 1e9:g}B tokens in {hours:.1f} h"
     return (
         f"{request.model} on {request.hosts} x {per_host} {request.chip}, "
-        f"{request.tokens_per_step:,} tokens a step: {pace}."
+        f"{request.tokens_per_step:,} tokens a step{request.by_name}: {pace}."
     )
 
 
@@ -98,6 +98,11 @@ def _text(keys: dict) -> str:
     return "".join(
         ["{\n", *(f"    {json.dumps(k)}: {json.dumps(v)},\n" for k, v in keys.items()), "}"]
     )
+
+
+def _attention(request: Request) -> dict:
+    """At full size: :smoke runs anywhere, and a kernel on its chip alone."""
+    return {} if request.attention == "auto" else {"mesh.attention": request.attention}
 
 
 def _model(request: Request) -> dict:
@@ -175,7 +180,7 @@ def _small(request: Request, candidate: Candidate) -> dict:
 
 def check(path: pathlib.Path, num_devices: int) -> str:
     """What `launch` makes of the file and its :smoke on so many devices, nothing run; they are
-    virtual.
+    virtual, and CPUs: whether its attention runs on the chip is the request's to say.
 
     Raises ValueError with launch's own words where it would refuse.
     """
@@ -183,7 +188,7 @@ def check(path: pathlib.Path, num_devices: int) -> str:
     root = str(pathlib.Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "jaxreason.recipes.tune_files", str(path)],
+        [sys.executable, "-m", "jaxreason.recipes.tune_files", str(path), "mesh.attention=auto"],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:

@@ -7,12 +7,14 @@ import pathlib
 
 from jaxreason.checkpoint.hf_config import config_from_hf
 from jaxreason.checkpoint.safetensors_files import read_json
+from jaxreason.model.attention import Use, choose
 from jaxreason.model.config import PRESETS, DecoderConfig
 from jaxreason.parallel import chips
 from jaxreason.parallel.mesh import AXES, resolve_shape
 from jaxreason.parallel.workload import Rollout
 from jaxreason.recipes import checkpoints
 from jaxreason.recipes.checkpoints import Checkpoint
+from jaxreason.recipes.tune_step import execution
 
 RECIPES = ("pretrain", "sft", "rl")
 # The chips that can be compiled for.
@@ -34,6 +36,7 @@ class Request:
     recipe: str = "pretrain"
     devices_per_host: int | None = None  # None: as the chip is sold
     fixed: tuple[tuple[str, int], ...] = ()  # mesh axes that are given
+    attention: str = "auto"  # or a name of model/attention.py
 
     def __post_init__(self):
         if self.chip not in CHIPS:
@@ -110,6 +113,25 @@ class Request:
                 f"{', '.join(PRESETS)}"
             )
         return shape_of(checkpoints.parse(self.model))
+
+    def attention_use(self, parts: bool = False) -> Use:
+        """What the model asks of its attention there; `parts`: on a mesh that splits rows."""
+        c, dtype = self.architecture, execution(self.chip, "none").dtype
+        window = any(c.sliding)
+        return Use(self.device.platform, dtype, c.head_dim, window=window, parts=parts)
+
+    @functools.cached_property
+    def chosen_attention(self) -> str:
+        """What runs on meshes that do not split rows. Raises ValueError with every reason."""
+        try:
+            return choose(self.attention, self.attention_use())
+        except ValueError as error:
+            raise ValueError(f"--attention on {self.chip}: {error}") from error
+
+    @property
+    def by_name(self) -> str:
+        """What a title says of the attention, where it was asked for by name."""
+        return "" if self.attention == "auto" else f", attention={self.attention}"
 
     @property
     def usable(self) -> float:

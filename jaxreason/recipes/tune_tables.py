@@ -23,6 +23,10 @@ MACHINES = (
     ("v5p-128 (64 chips)", "v5p", 16, 2**22),
 )
 SEQUENCE, TOKENS = 4096, (80e9, 100e9)
+_KERNELS = {"cuda": "flash", "tpu": "splash"}  # of a platform
+_NOTE = ("With `{name}` the first layout is what it would be once that kernel, which is taken by "
+         "name alone, has run on its chip: its memory is the compiler's, its time that of "
+         "published kernels, not its own.")  # fmt: skip
 _ARGUMENTS = ("weights and optimizer", "batch")  # of a step, among the parts of an estimate
 _BEGIN, _END = "<!-- made by tools/tune_mesh.py --tables -->", "<!-- end of what is made -->"
 _HEAD = ("mesh", "microbatches", "remat", "GiB", "by arithmetic", "tokens/s", "MFU", "binds",
@@ -36,6 +40,10 @@ class Answer:
     request: Request
     found: tuple[Candidate, ...]
     refused: str = ""
+
+    @property
+    def shown(self) -> list[Candidate]:
+        return [c for c in self.found if tune.fits(self.request, c)][:2]
 
 
 def make(
@@ -54,15 +62,21 @@ def make(
     text = path.read_text() if path.is_file() else ""
     if text.count(_BEGIN) != 1 or text.count(_END) != 1:
         raise ValueError(f"{path} has no part to fill, between {_BEGIN} and {_END}")
-    answers = {}
+    answers, kernels = {}, {}
     for number, (name, chip, hosts, step) in enumerate(machines):
         for model in models:
             say(f"{number + 1} of {len(machines)} machines: {model} on {name}")
             request = Request(chip, hosts, model, SEQUENCE, step, max(TOKENS))
             answers[name, model] = _answer(request, compiler, count)
+        kernels[name] = _with_kernel(answers[name, models[0]], compiler)
     before, after = text.split(_BEGIN)[0], text.split(_END)[1]
-    sections = [_section(machine[0], models, answers) for machine in machines]
-    made = "\n\n".join([_BEGIN, *sections, _agreement(answers.values()), _END])
+    sections = [
+        _section(name, {m: answers[name, m] for m in models}, kernels[name])
+        for name, *_ in machines
+    ]
+    made = "\n\n".join(
+        [_BEGIN, *sections, _agreement([*answers.values(), *kernels.values()]), _END]
+    )
     write_whole(path, before + made + after)
 
 
@@ -74,18 +88,36 @@ def _answer(request: Request, compiler: Compiler, count: int) -> Answer:
     return Answer(request, tuple(found))
 
 
-def _section(machine: str, models: Sequence[str], answers: dict) -> str:
+def _with_kernel(answer: Answer, compiler: Compiler) -> Answer:
+    """The fastest layout with the chip's kernel, that is taken by name alone until it has run."""
+    name = _KERNELS.get(answer.request.device.platform)
+    if name is None or not answer.shown:
+        return Answer(answer.request, ())
+    try:
+        request, candidate = tune.with_attention(answer.request, answer.shown[0], name)
+    except ValueError as error:
+        return Answer(dataclasses.replace(answer.request, attention=name), (), str(error))
+    (tried,) = compiler.run(request, [candidate])
+    return Answer(request, (tried,), tried.figures.get("error", "does not fit"))
+
+
+def _section(machine: str, answers: dict[str, Answer], kernel: Answer) -> str:
     lines = [f"### {machine}", ""]
-    first = answers[machine, models[0]].request
+    first = next(iter(answers.values())).request
     lines += [f"{first.tokens_per_step:,} tokens a step in rows of {first.sequence:,}.", ""]
     lines += [_line(("model", *_HEAD)), _line(["---"] * (1 + len(_HEAD)))]
-    for model in models:
-        answer = answers[machine, model]
-        rows = [c for c in answer.found if tune.fits(answer.request, c)][:2]
-        lines += [_line((model, *_cells(answer.request, c))) for c in rows]
-        if not rows:
-            lines.append(_line((model, answer.refused, *[""] * (len(_HEAD) - 1))))
-    return "\n".join([*lines, "", f"`{_command(first)}`"])
+    for answer in answers.values():
+        lines += _rows(answer.request.model, answer)
+    note = []
+    if named := kernel.request.by_name:
+        lines += _rows(kernel.request.model + named, kernel)
+        note = [_NOTE.format(name=named.removeprefix(", ")), ""]
+    return "\n".join([*lines, "", *note, f"`{_command(first)}`"])
+
+
+def _rows(label: str, answer: Answer) -> list[str]:
+    rows = [_line((label, *_cells(answer.request, c))) for c in answer.shown]
+    return rows or [_line((label, answer.refused, *[""] * (len(_HEAD) - 1)))]
 
 
 def _cells(request: Request, candidate: Candidate) -> list[str]:
@@ -130,7 +162,7 @@ def _agreement(answers) -> str:
     lines = [text + f"{total} compiled layouts."]
     lines += [
         f"- {request.model} on {request.num_devices} {chips.chip(request.chip).name}, "
-        f"{candidate.label}: {candidate.disagreement:+.0%}; {_reason(candidate)}"
+        f"{candidate.label}{request.by_name}: {candidate.disagreement:+.0%}; {_reason(candidate)}"
         for request, candidate in misses
     ]
     return "\n".join(["### Arithmetic against the compiler", "", *lines])

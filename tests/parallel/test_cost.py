@@ -46,8 +46,8 @@ def test_the_time_model_gives_published_steps(name):
     assert abs(rate / published - 1) < 0.20, f"{rate:,.0f} tokens/s a GPU, {published:,} published"
 
 
-# (chip, model, rows, length, mesh, microbatches, remat): arguments + temp, in GB, of the train step
-# compiled by jax 0.10.2 for machines that were not there.
+# (chip, model, rows, length, mesh, microbatches, remat, bytes[, attention]): arguments + temp, in
+# GB, of the train step compiled by jax 0.10.2 for machines that were not there.
 COMPILED = [
     ("b200", "qwen3-1.5b", 64, 4096, {"fsdp": 8}, 1, "full", 13.53),
     ("b200", "qwen3-1.5b", 64, 4096, {"fsdp": 8}, 1, "none", 134.40),
@@ -68,15 +68,20 @@ COMPILED = [
     ("b200", "qwen3-30b-a3b", 512, 4096, {"fsdp": 8}, 8, "save_projections", 146.7),
     ("h200", "qwen3-30b-a3b", 512, 4096, {"fsdp": 4, "expert": 2}, 8, "attention+gate_up", 105.9),
     ("v5p", "qwen3-8b", 64, 4096, {"fsdp": 64}, 1, "full", 9.40),
+    ("b200", "qwen3-1.5b", 512, 4096, {"fsdp": 8}, 8, "none", 132.76, "flash"),
+    ("b200", "qwen3-0.6b", 16, 4096, {"fsdp": 8}, 1, "none", 26.18, "flash"),
+    ("b200", "qwen3-0.6b", 16, 4096, {"fsdp": 8}, 1, "none", 266.26, "reference"),
+    ("b200", "qwen3-0.6b", 16, 4096, {"fsdp": 8}, 1, "full", 11.92, "reference"),
 ]
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=lambda c: f"{c[1]} {c[4]} {c[5]} {c[6]}")
+@pytest.mark.parametrize("case", COMPILED, ids=lambda c: " ".join(map(str, (c[1], *c[4:]))))
 def test_the_arithmetic_of_memory_is_the_compilers(case):
     """Within 15 % of each, though the tuner promises that of nine in ten."""
-    chip, model, rows, length, shape, microbatches, remat, compiled = case
+    chip, model, rows, length, shape, microbatches, remat, compiled, *attention = case
     kept = execution(chip, remat).kept
-    layout = Layout(shape, microbatches, None if kept is None else frozenset(kept))
+    kept = None if kept is None else frozenset(kept)
+    layout = Layout(shape, microbatches, kept, *attention)
     memory = cost.memory_bytes(workload_of(preset(model), rows, length), layout, chips.CHIPS[chip])
     assert abs(sum(memory.values()) / (compiled * 1e9) - 1) < 0.15, memory
 

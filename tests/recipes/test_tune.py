@@ -73,6 +73,50 @@ def test_axes_that_are_given_leave_the_others_to_be_tried():
     assert {(s["context"], s["tensor"]) for s in shapes} == {(1, 2), (2, 1)}
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(attention="flash3"), "'flash3'; known implementations: auto, splash, .*blockwise"),
+        (
+            dict(attention="splash"),
+            r"^--attention on b200: mesh.attention is 'splash', which cannot do this "
+            r"\(splash: runs on tpu, not cuda; cudnn: cannot keep .*\); use flash or .*blockwise",
+        ),
+        (dict(chip="v5p", attention="flash"), r"flash: runs on gpu, not tpu.*; use splash or "),
+        (
+            dict(chip="v5p", hosts=2, attention="splash", fixed=(("context", 2),)),
+            r"^--attention=splash cannot merge parts of a row .*devices; context may be 1$",
+        ),
+    ],
+)
+def test_an_attention_that_cannot_run_there_is_refused_with_every_reason(changes, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        tune.candidates(Request(**{**ASKED, **changes}))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_attention_decides_time_and_memory():
+    """`auto` is blockwise on a GPU; a kernel's scores stay on the chip, the reference's are all in
+    memory. Splash cannot merge parts of a row, so its meshes split none."""
+    request = Request(**ASKED)
+    found = {name: tune.candidates(dataclasses.replace(request, attention=name))
+             for name in ("auto", "blockwise", "flash", "reference")}  # fmt: skip
+    assert found["auto"] == found["blockwise"]
+    assert {c.layout.attention for c in found["flash"]} == {"flash"}
+    by_label = {name: {c.label: c.estimate for c in some} for name, some in found.items()}
+    for label, auto in by_label["auto"].items():
+        flash, reference = by_label["flash"][label], by_label["reference"][label]
+        seconds = [e.seconds["attention"] for e in (flash, auto, reference)]
+        assert seconds == sorted(set(seconds)) and flash.total_bytes <= auto.total_bytes
+        assert auto.total_bytes <= reference.total_bytes
+    splash = tune.candidates(Request(**{**ASKED, "chip": "v5p", "hosts": 2}, attention="splash"))
+    assert {c.layout.shape["context"] for c in splash} == {1}
+    other, one = tune.with_attention(request, found["auto"][0], "flash")
+    assert one.estimate == by_label["flash"][found["auto"][0].label]
+    assert tune.step_of(other, one).attention == "flash"
+    assert tune.step_of(request, found["auto"][0]).attention == "auto"
+
+
 def test_fast_links_end_with_the_host():
     """The same mesh of eight GPUs, slower the fewer of them share a host."""
     machines = ((1, 8), (2, 4), (8, 1))
@@ -248,6 +292,16 @@ def test_the_config_is_what_was_found(tmp_path):
     assert config.data.rows * config.data.length == request.tokens_per_step
 
 
+def test_the_config_names_the_attention_at_full_size(tmp_path):
+    """And launch is asked, on virtual CPUs, whether it would take the rest."""
+    request, path = Request(**ASKED, attention="flash"), tmp_path / "tuned.py"
+    tune_files.write_config(request, first_fitting(request), path)
+    assert ", attention=flash: " in path.read_text()
+    assert launch.load_config(str(path)).mesh.attention == "flash"
+    assert launch.load_config(f"{path}:smoke").mesh.attention == "auto"
+    assert "1,519,230,976 parameters" in tune_files.check(path, request.num_devices)
+
+
 @pytest.mark.parametrize("recipe", ["sft", "rl"])
 def test_other_recipes_have_a_config_too(recipe, tmp_path):
     request = Request(**{**ASKED, "sequence": 2048, "recipe": recipe})
@@ -359,12 +413,17 @@ def test_a_page_of_tables_is_filled_between_its_marks_and_again(tmp_path, monkey
     page.write_text(f"before\n{tune_tables._BEGIN}\nold\n{tune_tables._END}\nafter\n")
     make = lambda: tune_tables.make(
         page, Compiler(tmp_path / "cache"), 2, asked.append, ("qwen3-1.5b", "qwen3-32b"),
-        (("8 H200", "h200", 1, 2**21), ("one v5e host", "v5e", 1, 2**21)),
+        (("8 H200", "h200", 1, 2**21), ("one v5e host", "v5e", 1, 2**21),
+         ("two v5p hosts", "v5p", 2, 2**21)),
     )  # fmt: skip
     make()
     text, compiled = page.read_text(), sum(not isinstance(a, str) for a in asked)
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert text.count("### ") == 3 and "| qwen3-1.5b |" in text and "32.0" in text
+    assert text.count("### ") == 4 and "| qwen3-1.5b |" in text and "32.0" in text
+    assert text.count("| qwen3-1.5b, attention=flash |") == 1  # a table's first winner, once more
+    assert text.count("| qwen3-1.5b, attention=splash |") == 1
+    named = [a.attention for a in asked if not isinstance(a, str) and a.attention != "auto"]
+    assert named == ["flash", "splash"]
     assert "--model=qwen3-32b at --sequence=4096 does not fit 4 x v5e" in text
     assert "hours for 80B | hours for 100B" in text and "compiled layouts" in text
     misses = [line for line in text.splitlines() if line.startswith("- ")]

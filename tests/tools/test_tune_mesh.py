@@ -54,6 +54,7 @@ def test_by_arithmetic_alone(tmp_path, capsys):
         (["--model=gpt-9"], "--model is 'gpt-9', neither a preset nor a folder; presets: qwen3-"),
         (["--mesh=tensor"], "--mesh=tensor: write AXIS=N"),
         (["--tables=no_such_page.md"], "no_such_page.md"),
+        (["--attention=splash"], "splash: runs on tpu, not cuda; cudnn: cannot keep packed"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
