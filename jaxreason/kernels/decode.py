@@ -28,11 +28,17 @@ def decode_attention(
     only the last so many positions are read. What lies beyond a length is ignored as long as it is
     finite. A row that reads nothing gives zeros. `scale` defaults to H ** -0.5; `soft_cap` as in
     AttentionMask. The cache is read as it lies, [B, K, S, H]: each head's keys are contiguous and
-    the einsum needs no transpose: about twice as fast on CPU as [B, S, K, H].
+    the einsum needs no transpose: about twice as fast on CPU as [B, S, K, H]. Raises
+    NotImplementedError for a cache of another dtype than q's.
 
     One softmax runs over the scores of both parts side by side. Merging two by their log-sum-exp
     needs more passes and is for kernels that never hold the scores.
     """
+    if k_BKSH.dtype != q_BNH.dtype:  # XLA would copy the whole cache in the wider of the two
+        raise NotImplementedError(
+            f"the cache is {k_BKSH.dtype} and q_BNH {q_BNH.dtype}; XLA's products read one dtype "
+            "(decode_pallas.py reads float8_e4m3fn as it is)"
+        )
     B, N, H = q_BNH.shape
     K, S = k_BKSH.shape[1:3]
     q_BKGH = q_BNH.reshape(B, K, N // K, H)

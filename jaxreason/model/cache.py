@@ -13,6 +13,9 @@ class Cache:
 
     A tuple over layers rather than one stacked array: each layer's update then aliases in place
     (stacked and scanned it was 2 to 5 times slower on CPU, see docs/benchmarks.md).
+
+    In float8_e4m3fn they are kept as they are, with no scale, as vLLM does for a checkpoint that
+    brings none: 3 bits of mantissa, from 2**-9 to 448.
     """
 
     k: tuple[jax.Array, ...]  # a layer each: [B, K, S, H]
@@ -33,7 +36,17 @@ def empty(config: DecoderConfig, rows: int, size: int, dtype: jnp.dtype) -> Cach
 def write(cache_BKSH: jax.Array, new_BKTH: jax.Array, index_B: jax.Array) -> jax.Array:
     """Each row's new keys or values, from its own position on."""
     put = lambda row, new, i: jax.lax.dynamic_update_slice(row, new, (0, i, 0))
-    return jax.vmap(put)(cache_BKSH, new_BKTH, index_B)
+    return jax.vmap(put)(cache_BKSH, stored(new_BKTH, cache_BKSH.dtype), index_B)
+
+
+def stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x as a cache of that dtype keeps it. What is too large becomes the largest number: float8
+    has no infinity, and a plain cast would make it nan.
+    """
+    if x.dtype == dtype:
+        return x
+    most = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -most, most).astype(dtype)
 
 
 def take_rows(cache: Cache, rows_X: jax.Array, size: int) -> Cache:

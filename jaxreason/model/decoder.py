@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxreason.kernels.decode import decode_attention, repeat_rows
+from jaxreason.kernels.decode import repeat_rows
 from jaxreason.model import attention as attention_lib
 from jaxreason.model import cache as cache_lib
+from jaxreason.model import decode_choice, moe, rope
 from jaxreason.model import lora as lora_lib
-from jaxreason.model import moe, rope
 from jaxreason.model.cache import Cache
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.execution import Execution
@@ -119,9 +119,16 @@ class LanguageModel:
         # The rollout engine splits rows over the mesh by itself.
         lane = dataclasses.replace(use, segments=False, offset=True, parts=False)
         able = not attention_lib.IMPLEMENTATIONS[self.attention].reasons(lane)
-        self._attend_lane = attention_lib.build(
-            attention_lib.choose(self.attention if able else "auto", lane), None
+        prefills = attention_lib.choose(self.attention if able else "auto", lane)
+        self._attend_lane = attention_lib.build(prefills, None)
+        if prefills not in attention_lib.PLAIN:
+            self._attend_lane = decode_choice.per_head(self._attend_lane, mesh, dim=2)
+        self.cache_dtype = jnp.dtype(execution.cache_dtype)
+        self.decode_use = decode_choice.Use(
+            use.platform, use.dtype, execution.cache_dtype, use.head_dim, use.window
         )
+        self.decode_attention = decode_choice.choose(execution.decode_attention, self.decode_use)
+        self._decode_attention = decode_choice.build(self.decode_attention, mesh)
         self._experts, self._experts_lane = moe.build(execution.experts, mesh)
         # Concatenating weights that are split over the tensor axis would move them between devices.
         self._fuse = mesh is None or rules.axis_size(mesh, "heads") == 1
@@ -390,7 +397,8 @@ class LanguageModel:
             ks.append(cache_lib.write(cache.k[i], jnp.swapaxes(k_BTKH, 1, 2), cache.lengths_B))
             vs.append(cache_lib.write(cache.v[i], jnp.swapaxes(v_BTKH, 1, 2), cache.lengths_B))
             if len(ks) < c.num_layers:  # of the last layer only keys and values are needed
-                k_BSKH, v_BSKH = jnp.swapaxes(ks[-1], 1, 2), jnp.swapaxes(vs[-1], 1, 2)
+                # As the cache keeps them, so that how a prompt is cut into chunks changes nothing.
+                k_BSKH, v_BSKH = (jnp.swapaxes(x[-1], 1, 2).astype(self.dtype) for x in (ks, vs))
                 mask = self._mask(c.sliding[i], q_offset_B=cache.lengths_B)
                 attended_BTNH = self._attend_lane(q_BTNH, k_BSKH, v_BSKH, mask)
                 x_BTD, _ = finish_layer(c, w, x_BTD, attended_BTNH, self._experts_lane)
@@ -416,7 +424,7 @@ class LanguageModel:
             ks.append(cache_lib.write(cache.k[i], jnp.swapaxes(k_BTKH, 1, 2), cache.lengths_B))
             vs.append(cache_lib.write(cache.v[i], jnp.swapaxes(v_BTKH, 1, 2), cache.lengths_B))
             shared = prefix and (prefix.k[i], prefix.v[i], prefix.lengths_B)
-            out_BNH = decode_attention(
+            out_BNH = self._decode_attention(
                 q_BTNH[:, 0],
                 ks[-1],
                 vs[-1],

@@ -9,6 +9,8 @@ from jaxreason.kernels.ring import EXCHANGES
 
 # What the backward pass finds again instead of computing it twice, of each layer.
 KEEPABLE = ("qkv", "attention", "attention_projection", "gate_up")
+# What keys and values are kept in while sampling; None: in Execution.dtype.
+CACHE_DTYPES = {"auto": None, "fp8_e4m3": "float8_e4m3fn"}
 REMAT = {"full": (), "save_attention": ("attention",), "save_projections": KEEPABLE}
 
 
@@ -23,6 +25,8 @@ class Execution:
     offload: tuple[str, ...] = ()  # of KEEPABLE: kept in the host's memory instead of the device's
     scan_layers: bool = False  # one compiled layer in a loop; unrolled runs about 8 % faster on CPU
     context: str = "ring"  # how keys and values meet where rows are split: ring | gather
+    decode_attention: str = "auto"  # of model/decode_choice.py: auto | xla | pallas
+    kv_cache_dtype: str = "auto"  # one of CACHE_DTYPES; fp8_e4m3 is half of bfloat16
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -30,6 +34,11 @@ class Execution:
         if self.context not in EXCHANGES:
             raise ValueError(
                 f"mesh.context is {self.context!r}; it must be {' or '.join(EXCHANGES)}"
+            )
+        if self.kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"mesh.kv_cache_dtype is {self.kv_cache_dtype!r}; it must be "
+                f"{' or '.join(CACHE_DTYPES)}"
             )
         for key, names in (("remat", self.kept or ()), ("offload", self.offload)):
             for name in names:
@@ -40,6 +49,11 @@ class Execution:
                     )
         if self.offload and self.kept is None:
             raise ValueError("mesh.offload is set and mesh.remat is none, which keeps everything")
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of keys and values while sampling."""
+        return CACHE_DTYPES[self.kv_cache_dtype] or self.dtype
 
     @property
     def kept(self) -> tuple[str, ...] | None:

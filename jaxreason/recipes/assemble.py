@@ -17,7 +17,7 @@ from jaxreason.checkpoint import hf, hub
 from jaxreason.data import sources
 from jaxreason.data.pipeline import DataConfig
 from jaxreason.kernels import grouped
-from jaxreason.model import attention
+from jaxreason.model import attention, decode_choice
 from jaxreason.model.config import DecoderConfig, preset
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import Execution
@@ -86,6 +86,8 @@ def execution(mesh: ConfigDict) -> Execution:
         offload=tuple(mesh.offload),
         scan_layers=scan,
         context=mesh.context,
+        decode_attention=mesh.decode_attention,
+        kv_cache_dtype=mesh.kv_cache_dtype,
     )
 
 
@@ -154,6 +156,8 @@ def language_model(
     )
     if model.attention not in attention.PLAIN:
         attention.check(model.attention, model.attention_use)
+    if model.decode_attention not in decode_choice.PLAIN:
+        decode_choice.check(model.decode_attention, model.decode_use)
     if model.expert_product not in (None, "loop"):  # a loop is XLA's own operations
         grouped.check(model.expert_product, jax.numpy.dtype(model.execution.dtype))
     return model

@@ -59,6 +59,10 @@ def default_config(name: str, recipe: str) -> ConfigDict:
                 "offload": (),  # of those names, what is kept in the host's memory
                 "context": "ring",  # ring | gather: how keys and values meet over shape.context
                 "attention": "auto",  # auto | or a name of model/attention.py: flash, splash, ...
+                # Of sampling, one query a row: auto | xla | pallas (NVIDIA GPUs)
+                "decode_attention": "auto",
+                # Of keys and values while sampling: auto (mesh.dtype) | fp8_e4m3 (pallas alone)
+                "kv_cache_dtype": "auto",
                 "experts": "auto",  # auto | loop | megablox | pallas: see kernels/grouped.py
                 "dtype": "auto",  # auto: float32 on CPU, bfloat16 on accelerators
                 # true | false | auto: unrolled on CPU, scanned on accelerators

@@ -165,7 +165,7 @@ class Engine:
           slots: their number a lane, and their positions.
           prompts: of the pool, likewise.
         """
-        c, dtype = self.model.config, self.model.dtype
+        c, dtype = self.model.config, self.model.cache_dtype
         caches = [
             cache_lib.empty(c, self.lanes * (number + 1), size, dtype)
             for number, size in (prompts, slots)
