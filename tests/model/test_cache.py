@@ -109,3 +109,16 @@ def test_rows_are_copied_and_put_back():
         np.testing.assert_array_equal(np.flatnonzero(changed_BS[0]), [3, 4, 5])  # within 6
         assert (x_BKSH[jnp.array([1, 2, 4])] == 1).all()
     np.testing.assert_array_equal(back.lengths_B, [2, 1, 1, 2, 1])
+
+
+def test_what_float8_cannot_hold_becomes_its_largest():
+    """A plain cast makes nan of all beyond 464. What it can hold is rounded to nearest, even."""
+    new_H = jnp.array([448.0, 450, 465, 1e9, -jnp.inf, jnp.inf, 17, 19, 2.0**-11, -0.3])
+    whole = jnp.ones((1, 1, 3, 10), jnp.float8_e4m3fn)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        new = new_H.reshape(1, 1, 1, 10).astype(dtype)
+        written = cache_lib.write(whole, new, jnp.array([1])).astype(jnp.float32)[0, 0]
+        largest = [448, 448, 448, 448, -448, 448]
+        np.testing.assert_array_equal(written[1], [*largest, 16, 20, 0, -0.3125])
+        np.testing.assert_array_equal(written[jnp.array([0, 2])], 1)
+    assert jnp.isnan(new_H.astype(jnp.float8_e4m3fn)[2:6]).all()

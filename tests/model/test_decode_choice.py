@@ -58,7 +58,7 @@ def test_what_is_refused_has_every_implementation_s_reason(name, use, says):
 def test_an_unknown_name_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="is 'palas'; known implementations: auto, pallas, xla"):
         choose("palas", CPU)
-    with pytest.raises(ValueError, match="mesh.kv_cache_dtype is 'fp8'; it must be auto or fp8_e4"):
+    with pytest.raises(ValueError, match=r"mesh.kv_cache_dtype is 'fp8'; it must be auto or fp8_"):
         Execution(kv_cache_dtype="fp8")
 
 
@@ -108,10 +108,10 @@ def test_a_kernel_that_reads_the_wrong_keys_is_refused(monkeypatch, fault):
 
     broken = dataclasses.replace(right, kernel=wrong)
     monkeypatch.setitem(decode_choice.IMPLEMENTATIONS, "pallas", broken)
-    with pytest.raises(ValueError, match="mesh.decode_attention = pallas: output at .* should be"):
+    with pytest.raises(ValueError, match=r"mesh.decode_attention = pallas: output at .* should b"):
         decode_choice.check("pallas", dataclasses.replace(CPU, window=True))
 
 
 def test_a_kernel_that_does_not_run_here_is_refused_by_name():
-    with pytest.raises(ValueError, match="mesh.decode_attention = pallas does not run here"):
+    with pytest.raises(ValueError, match=r"mesh.decode_attention = pallas does not run here"):
         decode_choice.check("pallas", CPU)
