@@ -26,8 +26,9 @@ from bench_kernels import (
 )
 from bench_timing import Settings, Timed, compiled
 
-from jaxreason.kernels import decode, reference
+from jaxreason.kernels import decode, reference, tokamax
 from jaxreason.model.attention import IMPLEMENTATIONS, Use
+from jaxreason.parallel.mesh import capability
 from jaxreason.types import AttentionMask
 
 Qkv = tuple[jax.Array, jax.Array, jax.Array]
@@ -150,10 +151,12 @@ def _build(attention: Callable, operands: RowsOperands, backward: bool) -> Calla
 
 def _ours(case: RowsCase, operands: RowsOperands, backward: bool) -> Iterator[Entrant]:
     use = Use(
-        jax.default_backend(), dtype().name, case.head_dim, segments=case.documents > 1,
-        window=case.window is not None,
+        jax.default_backend(), dtype().name, case.head_dim, capability(None),
+        segments=case.documents > 1, window=case.window is not None,
     )  # fmt: skip
     for name, implementation in IMPLEMENTATIONS.items():
+        if name == "tokamax":  # among the peers, with a mask of every pair where rows are packed
+            continue
         reason = "; ".join(implementation.reasons(use))
         if name == "reference":
             reason = "is what the others are held against, and holds every score"
@@ -170,7 +173,7 @@ def _theirs(case: RowsCase, operands: RowsOperands, backward: bool) -> Iterator[
         return attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, **options)
 
     def of_tokamax(*args):
-        return of_jax(*args, peers.tokamax().dot_product_attention)
+        return of_jax(*args, tokamax.package().dot_product_attention)
 
     for name in ("cudnn", "xla"):
         call = functools.partial(

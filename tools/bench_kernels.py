@@ -26,7 +26,7 @@ from bench_timing import (
     seconds_in_turn,
 )
 
-from jaxreason.kernels import linear_xent, reference
+from jaxreason.kernels import linear_xent, reference, tokamax
 
 # Error of a row of an array over the row's norm, or over that of the array's mean row where this is
 # larger: bfloat16 operands give 1e-3 to 1e-2, softmax in bfloat16 more; a wrong block gives 1.
@@ -250,7 +250,7 @@ def _head_entrants(h_TD, w_VD, targets_T, backward: bool) -> list[Entrant]:
         return jnp.sum(weights(targets_T) * (jax.nn.logsumexp(z_TV, axis=-1) - picked_T))
 
     def of_tokamax(h_TD, w_VD, targets_T):
-        loss = peers.tokamax().linear_softmax_cross_entropy_loss
+        loss = tokamax.package().linear_softmax_cross_entropy_loss
         return loss(h_TD, targets_T, w_VD.T, reduction="mean")
 
     of_torch = functools.partial(peers.linear_xent, h_TD, w_VD, targets_T, backward)

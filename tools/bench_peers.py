@@ -260,16 +260,6 @@ def first_differences(model, prompts: list[list[int]], ours: np.ndarray, theirs:
 # ------------------------------------------------------------------------------- kernels
 
 
-def tokamax():
-    """The package, whose flags would otherwise be looked for among those of this program."""
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()
-    import tokamax
-
-    return tokamax
-
-
 def torch_backends() -> dict[str, str | None]:
     """{name of an entrant: the backend of torch's attention that it asks for}."""
     if jax.default_backend() == "cpu":

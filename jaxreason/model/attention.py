@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxreason.kernels import blockwise, cudnn, reference, ring, splash
+from jaxreason.kernels import blockwise, cudnn, reference, ring, splash, tokamax
 from jaxreason.kernels.check import held_against
 from jaxreason.kernels.ring import Kernel, Ring
 from jaxreason.parallel import rules
@@ -27,6 +29,7 @@ class Use:
     platform: str  # of the devices: cpu | gpu | cuda | tpu
     dtype: str  # of q, k and v
     head_dim: int
+    capability: str | None = None  # of NVIDIA GPUs: 9.0 is Hopper, 10.0 the B200
     segments: bool = True  # rows are packed or padded
     window: bool = False  # some layers slide
     offset: bool = False  # queries are the last of the keys
@@ -39,17 +42,24 @@ class Implementation:
 
     kernel: Kernel  # whose gradients are None where parts cannot be merged
     platforms: tuple[str, ...] | None = None  # None: any
+    capability: str | None = None  # of the only GPUs whose instructions it uses
+    package: str | None = None  # that it needs beside our own
     max_head_dim: int | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     segments: bool = True
     offset: bool = True
     by_name: str | None = None  # why `auto` does not take it
+    ordered: Kernel | None = None  # the same bits in every run, where `kernel` has others
 
     def reasons(self, use: Use) -> list[str]:
         """Why it cannot do that; [] where it can."""
         found = []
         if self.platforms and use.platform not in self.platforms:
             found.append(f"runs on {self.platforms[0]}, not {use.platform}")
+        elif self.capability and use.capability != self.capability:
+            found.append(f"is for compute capability {self.capability}, not {use.capability}")
+        if self.package and not importlib.util.find_spec(self.package):
+            found.append(f"needs the package {self.package}")
         if use.dtype not in self.dtypes:
             found.append(f"takes {' or '.join(self.dtypes)}, not {use.dtype}")
         if self.max_head_dim and use.head_dim > self.max_head_dim:
@@ -63,30 +73,49 @@ class Implementation:
         return found
 
 
-def _flash(name: str) -> Callable:
-    """Of kernels/flash.py, whose Triton API is imported only for those who chose it."""
+def _ours(module: str, **changes) -> Kernel:
+    """A flash kernel of this package, whose GPU API is imported only for those who chose it.
 
-    def call(*operands, **options):
-        from jaxreason.kernels import flash
+    Args:
+      changes: of its Config for the head dim.
+    """
 
-        return getattr(flash, name)(*operands, **options)
+    def function(name: str) -> Callable:
+        def call(q_BTNH, *operands, **options):
+            kernels = importlib.import_module(f"jaxreason.kernels.{module}")
+            if changes:
+                config = kernels.config_for(q_BTNH.shape[-1])
+                options["config"] = dataclasses.replace(config, **changes)
+            return getattr(kernels, name)(q_BTNH, *operands, **options)
 
-    return call
+        return call
+
+    return Kernel(function("attention"), function("gradients"))
 
 
+def _for_one_generation(module: str, capability: str) -> Implementation:
+    return Implementation(
+        _ours(module), _NVIDIA, capability, max_head_dim=256, dtypes=("bfloat16",),
+        by_name=_NOT_RUN, ordered=_ours(module, ordered=True),
+    )  # fmt: skip
+
+
+_NOT_RUN = "has not run on a chip of ours"
 # In the order in which `auto` takes them.
 IMPLEMENTATIONS = {
     "splash": Implementation(
-        Kernel(splash.attention, None), platforms=("tpu",), offset=False,
-        by_name="has not run on a chip of ours",
+        Kernel(splash.attention, None), ("tpu",), offset=False, by_name=_NOT_RUN
     ),
     "cudnn": Implementation(
-        Kernel(cudnn.attention, None), platforms=_NVIDIA, max_head_dim=128, dtypes=("bfloat16",),
+        Kernel(cudnn.attention, None), _NVIDIA, max_head_dim=128, dtypes=("bfloat16",),
         segments=False, offset=False,
     ),
-    "flash": Implementation(
-        Kernel(_flash("attention"), _flash("gradients")), platforms=_NVIDIA,
-        max_head_dim=256, by_name="has not run on a chip of ours",
+    "flash": Implementation(_ours("flash"), _NVIDIA, max_head_dim=256, by_name=_NOT_RUN),
+    "flash_sm90": _for_one_generation("flash_sm90", "9.0"),
+    "flash_sm100": _for_one_generation("flash_sm100", "10.0"),
+    "tokamax": Implementation(
+        Kernel(tokamax.attention, None), _NVIDIA, package="tokamax", max_head_dim=256,
+        segments=False, offset=False, by_name=_NOT_RUN,
     ),
     "blockwise": Implementation(Kernel(blockwise.attention, blockwise.gradients)),
     "reference": Implementation(
@@ -102,21 +131,37 @@ def choose(name: str, use: Use) -> str:
     cannot do what is asked.
     """
     if name == "auto":
-        able = (n for n, i in IMPLEMENTATIONS.items() if not i.by_name and not i.reasons(use))
-        return next(able)  # blockwise is always able
+        return next(n for n, why in passed_over(use).items() if not why)  # blockwise always can
     if name not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"mesh.attention is {name!r}; known implementations: {known}")
     if IMPLEMENTATIONS[name].reasons(use):
         said = {n: i.reasons(use) for n, i in IMPLEMENTATIONS.items()}
-        able = " or ".join(n for n, reasons in said.items() if not reasons)
+        *most, last = (n for n, reasons in said.items() if not reasons)  # two at least
+        able = f"{', '.join(most)} or {last}"
         why = "; ".join(f"{n}: {', '.join(reasons)}" for n, reasons in said.items() if reasons)
         raise ValueError(f"mesh.attention is {name!r}, which cannot do this ({why}); use {able}")
     return name
 
 
-def check(name: str, use: Use) -> None:
+def passed_over(use: Use) -> dict[str, str]:
+    """Why `auto` does not take each implementation; "" of those that it could."""
+    return {
+        name: ", ".join(i.reasons(use) or filter(None, [i.by_name]))
+        for name, i in IMPLEMENTATIONS.items()
+    }
+
+
+def said(name: str, use: Use) -> str:
+    """The choice as a run prints it: with what else is made for these devices, and why not that."""
+    made = [n for n, i in IMPLEMENTATIONS.items() if i.platforms and use.platform in i.platforms]
+    others = [f"{n} {why}" for n, why in passed_over(use).items() if n in made and n != name]
+    return f"attention: {name}" + (f" ({'; '.join(others)})" if others else "")
+
+
+def check(name: str, use: Use, deterministic: bool = False) -> None:
     """Runs an implementation on this machine's devices, gradients too, beside `reference`.
+    `deterministic` as for `build`.
 
     Raises ValueError with both numbers where they differ by more than bfloat16 rounds, and with the
     compiler's words where it cannot run here.
@@ -136,21 +181,28 @@ def check(name: str, use: Use) -> None:
         return {"output": out_BTNH} | gradients
 
     held_against(
-        functools.partial(run, IMPLEMENTATIONS[name].kernel.attention, use.dtype),
+        functools.partial(run, _kernel(name, deterministic).attention, use.dtype),
         functools.partial(run, reference.attention, "float32"),
         setting=f"mesh.attention = {name}",
         instead="mesh.attention = blockwise",
     )
 
 
-def build(name: str, mesh: Mesh | None, exchange: str = "ring") -> Attention:
+def _kernel(name: str, deterministic: bool) -> Kernel:
+    implementation = IMPLEMENTATIONS[name]
+    return (deterministic and implementation.ordered) or implementation.kernel
+
+
+def build(
+    name: str, mesh: Mesh | None, exchange: str = "ring", deterministic: bool = False
+) -> Attention:
     """`attention(q_BTNH, k_BSKH, v_BSKH, mask) -> out_BTNH` of a chosen implementation.
 
-    On a mesh it runs under shard_map, batch and heads split as the table says, so that it is never
-    replicated by accident. Where the context axis splits rows, they are in the order of
-    `ring.stripes`.
+    `deterministic` takes the form whose gradients have the same bits in every run. On a mesh it
+    runs under shard_map, batch and heads split as the table says, so that it is never replicated by
+    accident. Where the context axis splits rows, they are in the order of `ring.stripes`.
     """
-    kernel = IMPLEMENTATIONS[name].kernel
+    kernel = _kernel(name, deterministic)
     attention = kernel.attention
     if mesh is not None and rules.axis_size(mesh, "length") > 1:
         attention = functools.partial(ring.attention, Ring(kernel, rules.RULES["length"], exchange))

@@ -110,11 +110,15 @@ class LanguageModel:
             platform=mesh_lib.platform(mesh),
             dtype=execution.dtype,
             head_dim=config.head_dim,
+            capability=mesh_lib.capability(mesh),
             window=any(config.sliding),
             parts=mesh is not None and rules.axis_size(mesh, "length") > 1,
         )
         self.attention_use, self.attention = use, attention_lib.choose(execution.attention, use)
-        self._attention = attention_lib.build(self.attention, mesh, execution.context)
+        deterministic = execution.deterministic
+        self._attention = attention_lib.build(
+            self.attention, mesh, execution.context, deterministic
+        )
         self.rows = Rows(mesh)
         # The rollout engine splits rows over the mesh by itself.
         lane = dataclasses.replace(use, segments=False, offset=True, parts=False)

@@ -24,6 +24,7 @@ class Execution:
     remat: str = "none"  # none | full | save_attention | save_projections | names of KEEPABLE, by +
     offload: tuple[str, ...] = ()  # of KEEPABLE: kept in the host's memory instead of the device's
     scan_layers: bool = False  # one compiled layer in a loop; unrolled runs about 8 % faster on CPU
+    deterministic: bool = False  # gradients of attention have the same bits in every run
     context: str = "ring"  # how keys and values meet where rows are split: ring | gather
     decode_attention: str = "auto"  # of model/decode_choice.py: auto | xla | pallas
     kv_cache_dtype: str = "auto"  # one of CACHE_DTYPES; fp8_e4m3 is half of bfloat16

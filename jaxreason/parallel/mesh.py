@@ -24,6 +24,12 @@ def platform(mesh: Mesh | None) -> str:
     return (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
 
 
+def capability(mesh: Mesh | None) -> str | None:
+    """Compute capability of the devices, as in 9.0; None of those that are no NVIDIA GPUs."""
+    device = (jax.devices() if mesh is None else mesh.devices.flat)[0]
+    return getattr(device, "compute_capability", None)
+
+
 def resolve_shape(shape: Mapping[str, int], num_devices: int) -> dict[str, int]:
     """The size of every axis, with one -1 replaced by what is left.
 

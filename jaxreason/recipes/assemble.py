@@ -149,13 +149,13 @@ def language_model(
     """
     model = LanguageModel(
         shape,
-        execution(config.mesh),
+        dataclasses.replace(execution(config.mesh), deterministic=config.run.deterministic),
         device_mesh(config.mesh),
         valid_vocab=tokenizer.vocab_size,
         value_head=value_head,
     )
     if model.attention not in attention.PLAIN:
-        attention.check(model.attention, model.attention_use)
+        attention.check(model.attention, model.attention_use, model.execution.deterministic)
     if model.decode_attention not in decode_choice.PLAIN:
         decode_choice.check(model.decode_attention, model.decode_use)
     if model.expert_product not in (None, "loop"):  # a loop is XLA's own operations

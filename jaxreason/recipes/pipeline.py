@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxreason.data.arithmetic import ArithmeticConfig, prepare_arithmetic
 from jaxreason.evals import accuracy
+from jaxreason.model import attention
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
@@ -88,6 +89,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     describe(config, workdir, model, tokenizer, trained[0].length)
     workdir.describe(trained_parameters={name: m.num_params for name, m in models.items()})
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")
+    progress.say(attention.said(model.attention, model.attention_use))
     for stage in trained:
         if stage.lora is not None:
             number, rank = models[stage.name].num_params, stage.lora.rank
@@ -212,6 +214,12 @@ def describe(
         flops_per_token=fit.flops_per_token(model, length),
         mesh=mesh,
         execution=dataclasses.asdict(model.execution),
+        kernels={
+            "attention": model.attention,
+            "decode_attention": model.decode_attention,
+            "experts": model.expert_product,
+            "passed_over": attention.passed_over(model.attention_use),
+        },
         xla_options=assemble.xla_options(config.mesh),
     )
 

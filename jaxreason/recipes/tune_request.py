@@ -118,7 +118,9 @@ class Request:
         """What the model asks of its attention there; `parts`: on a mesh that splits rows."""
         c, dtype = self.architecture, execution(self.chip, "none").dtype
         window = any(c.sliding)
-        return Use(self.device.platform, dtype, c.head_dim, window=window, parts=parts)
+        gpu = self.device.gpu
+        capability = gpu and f"{gpu.capability}.0"
+        return Use(self.device.platform, dtype, c.head_dim, capability, window=window, parts=parts)
 
     @functools.cached_property
     def chosen_attention(self) -> str:
