@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from jaxreason.kernels import blockwise, grouped, linear_xent, reference
+from jaxreason.model import attention, decode_choice
 from jaxreason.model.config import preset
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.execution import Execution
 from jaxreason.objectives.lm import LanguageModeling
+from jaxreason.parallel.mesh import capability
 from jaxreason.rollout.engine import EngineConfig
 from jaxreason.rollout.generate import build_generate
 from jaxreason.train import optim
@@ -63,6 +65,56 @@ def test_blockwise_attention_and_its_gradients():
     wanted = run(reference.attention, *(x.astype(jnp.float32) for x in (q, k, v)))
     for found, want in zip(jax.jit(lambda *x: run(blockwise.attention, *x))(q, k, v), wanted):
         close(found, want, 2e-2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["added", "ordered"])
+@pytest.mark.parametrize(
+    "head_dim, use",
+    [(h, "packed window") for h in (64, 80, 128, 256)] + [(128, "packed"), (128, "whole rows")],
+)
+@pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+def test_attention_of_every_kernel_and_its_gradients(name, head_dim, use, deterministic):
+    """As at the start of a run that chose it; skipped with the reason that would refuse it."""
+    if deterministic and attention.IMPLEMENTATIONS[name].ordered is None:
+        pytest.skip("has one form only")
+    asked = attention.Use(
+        "gpu", "bfloat16", head_dim, capability(None), segments="packed" in use,
+        window="window" in use,
+    )  # fmt: skip
+    if reasons := attention.IMPLEMENTATIONS[name].reasons(asked):
+        pytest.skip("; ".join(reasons))
+    attention.check(name, asked, deterministic)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", decode_choice.IMPLEMENTATIONS)
+def test_decode_attention_of_every_kernel(name, cache_dtype, head_dim):
+    asked = decode_choice.Use("gpu", "bfloat16", cache_dtype, head_dim, window=head_dim == 80)
+    if reasons := decode_choice.IMPLEMENTATIONS[name].reasons(asked):
+        pytest.skip("; ".join(reasons))
+    decode_choice.check(name, asked)
+
+
+def test_an_ordered_kernel_gives_the_same_bits_twice():
+    """4,096 keys: so many blocks add to the gradient of a query that their order shows."""
+    able = {
+        n: i.ordered
+        for n, i in attention.IMPLEMENTATIONS.items()
+        if i.ordered and not i.reasons(attention.Use("gpu", "bfloat16", 128, capability(None)))
+    }
+    if not able:
+        pytest.skip("no kernel for this GPU has a form of its own for that")
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (1, 4096, heads, 128), jnp.bfloat16)
+        for key, heads in zip(keys, (8, 4, 4))
+    )
+    for kernel in able.values():
+        loss = lambda *qkv, k=kernel: k.attention(*qkv, AttentionMask())[0].astype("float32").sum()
+        run = jax.jit(jax.grad(loss, (0, 1, 2)))
+        for a, b in zip(run(q, k, v), run(q, k, v)):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_head_loss_and_its_gradients():
