@@ -199,9 +199,9 @@ def _forward_kernel(
 
                 # Tops are in powers of two, so that the exponent is one multiply-add.
                 new_R = jnp.maximum(top_R, s_RC.max(axis=1) * factor)
-                e_RC = jnp.exp2(s_RC * factor - along(new_R, shape, 0))
+                e_RC = jnp.exp2(s_RC * factor - along(new_R, shape, 0, WGMMA))
                 shrink_R = jnp.exp2(top_R - new_R)
-                out_RH *= along(shrink_R, out_RH.shape, 0)
+                out_RH *= along(shrink_R, out_RH.shape, 0, WGMMA)
                 total_R = total_R * shrink_R + e_RC.sum(axis=1)
                 p_RC = e_RC.astype(q.dtype)
                 # None of the above may move behind the other warpgroup's turn.
@@ -232,7 +232,9 @@ def _forward_kernel(
             pl.when(wg == 0)(take_turns)
             dead_R = total_R == 0.0
             total_R = jnp.where(dead_R, 1.0, total_R)
-            q_smem.at[wg][...] = (out_RH * along(1.0 / total_R, out_RH.shape, 0)).astype(q.dtype)
+            q_smem.at[wg][...] = (out_RH * along(1.0 / total_R, out_RH.shape, 0, WGMMA)).astype(
+                q.dtype
+            )
             lse_R = (top_R + jnp.log2(total_R)) / LOG2_E
             lse_smem.at[wg][...] = jnp.where(dead_R, -jnp.inf, lse_R)
             plgpu.commit_smem()

@@ -67,8 +67,8 @@ def gradients(
 
 def _starts(spec: Spec, shape, dim: int, less_lse, less_delta):
     """What the products of a block are added to, so that neither vector is held beside them."""
-    start = full(shape, 0.0, WGMMA) if spec.soft_cap else along(less_lse, shape, dim)
-    return plgpu.ACC.init(start), plgpu.ACC.init(along(less_delta, shape, dim))
+    start = full(shape, 0.0, WGMMA) if spec.soft_cap else along(less_lse, shape, dim, WGMMA)
+    return plgpu.ACC.init(start), plgpu.ACC.init(along(less_delta, shape, dim, WGMMA))
 
 
 # --- the gradients of keys and values, and of the queries by the way ------------------------------
@@ -205,7 +205,9 @@ def _of_keys_kernel(
                     q_segments_R = vector(q_segments_smem.at[slot], 1, WGMMA)
                     sides = i * R + offset_B[b], first_key, q_segments_R, k_segments_C
                     see_CR = visible(spec, shape, 1, *sides, WGMMA)
-                less_lse_CR = lambda: along(vector(less_lse_smem.at[slot], 1, WGMMA), shape, 1)
+                less_lse_CR = lambda: along(
+                    vector(less_lse_smem.at[slot], 1, WGMMA), shape, 1, WGMMA
+                )
                 p_CR, ds_CR = pair(spec, qk_CR, dp_CR, see_CR, less_lse_CR)
                 p_CR, ds_CR = p_CR.astype(q.dtype), ds_CR.astype(q.dtype)
                 if add:
@@ -359,7 +361,7 @@ def _of_queries_kernel(
                 sides = q_segments_R, vector(k_segments_smem.at[slot], 1, WGMMA)
                 first_query = first_row + offset_B[b]
                 see_RC = visible(spec, shape, 0, first_query, j * tiles.keys, *sides, WGMMA)
-            _, ds_RC = pair(spec, qk_RC, dp_RC, see_RC, lambda: along(less_lse_R, shape, 0))
+            _, ds_RC = pair(spec, qk_RC, dp_RC, see_RC, lambda: along(less_lse_R, shape, 0, WGMMA))
             ds_RC = ds_RC.astype(k.dtype)
             dq_RH = pl.run_state(lambda ref: plgpu.wgmma(ref, ds_RC, k_smem.at[slot]))(
                 plgpu.ACC.init(dq_RH)

@@ -51,6 +51,11 @@ class Config:
         if self.programs < 1:
             raise ValueError(f"Config.programs is {self.programs}; it must be at least 1")
 
+    @property
+    def adds(self) -> bool:
+        """Whether the pass over the keys adds up the gradient of the queries by the way."""
+        return not self.ordered
+
 
 # By the head dim in shared memory. What fits in registers and shared memory; not tuned on a chip.
 CONFIGS = {

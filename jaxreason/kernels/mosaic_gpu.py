@@ -30,6 +30,20 @@ def refuse(kernel: str, mask: AttentionMask, *operands: jax.Array):
         raise NotImplementedError(f"{kernel} needs a positive scale, not {mask.scale}")
 
 
+def check_capability(kernel: str, needed: str, device: jax.Device):
+    """Raises NotImplementedError for a device of another generation, whose instructions differ.
+
+    Args:
+      needed: compute capability, "10.0"; "10.3" is of the same generation.
+      device: an NVIDIA GPU, here or absent.
+    """
+    found = device.compute_capability
+    if found.split(".")[0] != needed.split(".")[0]:
+        raise NotImplementedError(
+            f"{kernel} is for compute capability {needed}; {device.device_kind} has {found}"
+        )
+
+
 def for_head_dim(kernel: str, configs: dict, head_dim: int):
     """The config of the next head dim that there is one for.
 
@@ -119,10 +133,10 @@ def by_kernels(
     dead_BTN = lse_BTN == -jnp.inf  # p is 0 there: keep inf and nan away from the products
     starts = (jnp.where(dead_BTN, 0.0, x) for x in (-LOG2_E / factor * lse_BTN, -delta_BTN))
     operands = (q_BTNH, k_BSKH, v_BSKH, mask, *starts, dout_BTNH)
-    if config.ordered:
+    if not config.adds:
         dq_BTNH = of_queries(*operands, tiles=config.of_queries)
-    dk_BSKH, dv_BSKH, *added = of_keys(*operands, tiles=config.of_keys, add=not config.ordered)
-    if not config.ordered:
+    dk_BSKH, dv_BSKH, *added = of_keys(*operands, tiles=config.of_keys, add=config.adds)
+    if config.adds:
         (sum_BTNH,) = added
         scale = Spec.of(mask, q_BTNH, k_BSKH, config.of_keys).scale
         dq_BTNH = (scale * sum_BTNH).astype(q_BTNH.dtype)
@@ -136,7 +150,8 @@ def launch(kernel, name: str, *, out_type, scratch: dict, programs: int, warpgro
     """`kernel(*operands, *outputs, **scratch)` in that many programs of so many warpgroups.
 
     `plgpu.kernel` would do, did it take references, which gradients are added to. Lane
-    semantics are asked for by name: jax 0.10 has them by default, jax 0.11 no longer.
+    semantics are asked for by name: jax 0.10 has them by default, jax 0.11 no longer. No memory is
+    set aside for reductions across warps, which warpgroups would share: nothing here needs any.
     """
 
     def body(*refs):
@@ -153,7 +168,9 @@ def launch(kernel, name: str, *, out_type, scratch: dict, programs: int, warpgro
             thread_name="warpgroup",
         ),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,
         ),
         name=name,
     )
@@ -169,6 +186,20 @@ def matrix(*shape: int, dtype):
 
 def barriers(arrivals: int, number: int = 1):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+
+
+def tensor_barriers(arrivals: int = 1, number: int = 1):
+    """At which products arrive, and who hands them what they read or write in tensor memory."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number, orders_tensor_core=True)
+
+
+def each_warp(*bodies):
+    """Of the warpgroup that calls this, the first warps run one of the bodies each."""
+
+    @plgpu.warp_map
+    def _run(warp):
+        for index, body in enumerate(bodies):
+            pl.when(warp == index)(body)
 
 
 def place_of(item, order, ranges, heads: int):
@@ -205,16 +236,16 @@ def vector(ref, dim: int, layout):
     return plgpu.load(ref, *_ALL, layout=layout.reduce(1 - dim), optimized=False)
 
 
-def along(x, shape: tuple[int, int], dim: int):
+def along(x, shape: tuple[int, int], dim: int, layout):
     """A vector along `dim`, repeated along the other."""
-    return lax.broadcast_in_dim(x, shape, [dim])
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [dim]), layout)
 
 
 def visible(spec: Spec, shape, q_dim: int, first_query, first_key, q_segments, k_segments, layout):
     """Which pairs of a block may meet; queries lie along `q_dim`, keys along the other."""
     index = lambda dim: plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=layout)
     q, k = index(q_dim) + first_query, index(1 - q_dim) + first_key
-    see = along(q_segments, shape, q_dim) == along(k_segments, shape, 1 - q_dim)
+    see = along(q_segments, shape, q_dim, layout) == along(k_segments, shape, 1 - q_dim, layout)
     if spec.causal:
         see &= k <= q
     if spec.window is not None:
@@ -241,11 +272,10 @@ def share(program, programs: int, work: int):
     return mine, lambda r: r * programs + place(r)
 
 
-def pair(spec: Spec, qk, dp, see, less_lse):
-    """(p, the gradient of the scores but for the scale) of a block, float32.
+def chances(spec: Spec, qk, see, less_lse):
+    """(probabilities, slope) of a block, float32; the slope is that of the cap.
 
-    `qk` has begun at `less_lse` unless scores are capped, and `dp` at `less_delta`; `less_lse()` is
-    what could not be added there.
+    `qk` has begun at `less_lse` unless scores are capped; `less_lse()` is what could not be added.
     """
     if spec.soft_cap is None:
         s, slope = qk, 1.0
@@ -254,5 +284,13 @@ def pair(spec: Spec, qk, dp, see, less_lse):
         s, slope = t + less_lse(), 1.0 - t * t
     if see is not None:
         s = jnp.where(see, s, HIDDEN)
-    p = jnp.exp2(s * factor_of(spec))
+    return jnp.exp2(s * factor_of(spec)), slope
+
+
+def pair(spec: Spec, qk, dp, see, less_lse):
+    """(probabilities, the gradient of the scores but for the scale) of a block, as `chances`.
+
+    `dp` has begun at `less_delta`.
+    """
+    p, slope = chances(spec, qk, see, less_lse)
     return p, p * dp * slope
