@@ -146,13 +146,19 @@ def _align(head: _Head, h_TD, w_VD, *others: jax.Array) -> list[jax.Array]:
 
 
 def _over_rows(
-    chunk: Callable[..., tuple[Any, Any]], rows: tuple[jax.Array, ...], w_VD: jax.Array, grad: bool
+    chunk: Callable[..., tuple[Any, Any]],
+    rows: tuple[jax.Array, ...],
+    w_VD: jax.Array,
+    grad: bool,
+    num_heads: int = 1,
 ) -> tuple[jax.Array | None, Any]:
     """Runs `dw_VD, out = chunk(*slices)` over chunks of rows; sums dw, concatenates out.
 
-    `dw_VD` is None unless `grad`. The last chunk is padded with zeros: weight or cotangent 0.
+    `dw_VD` is None unless `grad`. The last chunk is padded with zeros: weight or cotangent 0. Each
+    row has logits of `num_heads`.
     """
-    num_rows, chunk_rows = rows[0].shape[0], _chunk_rows(rows[0].shape[0], *w_VD.shape)
+    num_rows = rows[0].shape[0]
+    chunk_rows = _chunk_rows(num_rows, *w_VD.shape, num_heads)
     if chunk_rows == num_rows:
         return chunk(*rows)
     num_chunks = -(-num_rows // chunk_rows)
@@ -171,13 +177,13 @@ def _over_rows(
     return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], out)
 
 
-def _chunk_rows(num_rows: int, vocab: int, dim: int) -> int:
+def _chunk_rows(num_rows: int, vocab: int, dim: int, num_heads: int) -> int:
     """Rows of a chunk: as few chunks as the bound on the logits allows, then of equal size.
 
     Every chunk adds to dw_VD, so logits smaller than that array save no memory worth having and
-    cost a pass over it for little work: a chunk has at least `dim` rows (and 64).
+    cost a pass over it for little work: of all heads a chunk has at least `dim` rows (of each 64).
     """
-    most = max(_CHUNK_BYTES // (4 * vocab), dim, 64)
+    most = max(_CHUNK_BYTES // (4 * vocab * num_heads), dim // num_heads, 64)
     if num_rows <= most:
         return num_rows
     even = -(-num_rows // -(-num_rows // most))
@@ -335,7 +341,7 @@ def _kl(head, beta, h_TD, w_VD, teacher_h_TE, teacher_w_VE, weights_T):
     def chunk(h_CD, teacher_h_CE):
         return None, _kl_chunk(head, beta, h_CD, w_VD, teacher_h_CE, teacher_w_VE)[0]
 
-    kl_T = _over_rows(chunk, (h_TD, teacher_h_TE), w_VD, grad=False)[1]
+    kl_T = _over_rows(chunk, (h_TD, teacher_h_TE), w_VD, grad=False, num_heads=2)[1]
     return jnp.sum(weights_T * kl_T)
 
 
@@ -345,7 +351,8 @@ def _kl_fwd(head, beta, h_TD, w_VD, teacher_h_TE, teacher_w_VE, weights_T):
         dw_VD, dh_CD = _gradients(head, weights_C[:, None] * dz_CV, h_CD, w_VD)
         return dw_VD, (kl_C, dh_CD)
 
-    dw_VD, (kl_T, dh_TD) = _over_rows(chunk, (h_TD, teacher_h_TE, weights_T), w_VD, grad=True)
+    rows = (h_TD, teacher_h_TE, weights_T)
+    dw_VD, (kl_T, dh_TD) = _over_rows(chunk, rows, w_VD, grad=True, num_heads=2)
     return jnp.sum(weights_T * kl_T), (dh_TD, dw_VD.astype(w_VD.dtype))
 
 
