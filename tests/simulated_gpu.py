@@ -301,14 +301,16 @@ class Gpu:
             self.sizes = dict(zip(grid_names, grid)) | {thread_name: num_threads}
             for place in itertools.product(*map(range, grid)):
                 axes = dict(zip(grid_names, place))
-                self.scratch = None
+                self.scratch, self.registers = None, {}
 
                 def run(warpgroup):
+                    _ME.warpgroup = warpgroup
                     _begin(axes | {thread_name: warpgroup})
                     body(*(Ref(x, "global") for x in (*ins, *outs)))
 
                 self.run_threads(run, num_threads)
                 assert not self.unmade, "a program ends before what it began"
+                self.check_registers(num_threads)
             for x, value in zip(operands, ins):
                 if is_ref(x):
                     x[...] = jnp.asarray(value)
@@ -334,6 +336,15 @@ class Gpu:
             thread.join()
         if self.failed:
             raise self.failed[0]
+
+    def set_registers(self, number, action):
+        self.registers[_ME.warpgroup] = number
+
+    def check_registers(self, warpgroups):
+        """Who asks for more than others have given up waits for ever."""
+        each = min(65536 // (128 * warpgroups) // 8 * 8, 255)  # of a thread, when a program begins
+        asked = sum(self.registers.get(w, each) for w in range(warpgroups))
+        assert asked <= each * warpgroups, f"{asked} registers asked for, of {each * warpgroups}"
 
     def warp_map(self, body):
         _settled("warps part")
@@ -401,7 +412,7 @@ class Gpu:
     def load(self, ref, layout=None):
         assert ref.space == "tensor"
         value = ref.read()
-        _ME.loads.append((ref, value))
+        _ME.loads.append((ref, value.copy()))
         return value
 
     def wait_for_loads(self):
@@ -485,7 +496,7 @@ class Gpu:
                 async_store_tmem=self.store, commit_tmem=self.commit_stores,
                 barrier_arrive=self.arrive, barrier_wait=lambda b: _nth(b).wait(),
                 broadcasted_iota=iota, layout_cast=lambda x, layout: x,
-                load=lambda ref, *_, **__: ref.read(), set_max_registers=nothing,
+                load=lambda ref, *_, **__: ref.read(), set_max_registers=self.set_registers,
             ).items():  # fmt: skip
                 set_(plgpu, name, mine)
             yield

@@ -246,14 +246,14 @@ def _of_keys_kernel(
     @pl.when(wg == compute)
     def _help():
         if compute == 2:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(56 if add else 72, action="decrease")
         pl.when(num_steps > 0)(lambda: each_warp(copy, multiply))
 
     if add:
 
         @pl.when(wg == compute + 1)
         def _add():
-            plgpu.set_max_registers(112, action="decrease")
+            plgpu.set_max_registers(88, action="decrease")
 
             def of_head(g, _):
                 n = h * spec.group + g
@@ -281,7 +281,7 @@ def _of_keys_kernel(
     @pl.when(wg < compute)
     def _compute():
         if compute == 2:
-            plgpu.set_max_registers(176 if add else 216, action="increase")
+            plgpu.set_max_registers(184 if add else 216, action="increase")
         shape = (C, OWN)
         columns, place = pl.ds(wg * OWN, OWN), pl.ds(wg * 2 * OWN, OWN)
         k_segments_C = vector(k_segments.at[b, keys], 0, TCGEN05)
