@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxreason.kernels import linear_xent, reference
 
@@ -255,3 +256,40 @@ def test_memory_does_not_grow_with_rows_times_vocab(monkeypatch):
     for small, large in zip(compiled(4096), compiled(16_384)):
         assert large < 120e6
         assert large - small < 4 * (16_384 - 4096) * (dim + 16) * 4
+
+
+FUNCTIONS = {
+    "xent": lambda module, h, w, targets, weights, *teacher: module.linear_xent(
+        h, w, targets, weights
+    )[0],
+    "logprobs": lambda module, h, w, targets, *_: logprob_loss(module, h, w, targets, {})[0],
+    **{
+        f"kl-{beta}": lambda module, h, w, targets, weights, *teacher, beta=beta: module.linear_kl(
+            h, w, *teacher, weights, beta=beta
+        )
+        for beta in (0.0, 0.5, 1.0)
+    },
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_fault_10_no_function_of_the_head_holds_a_number_a_token_and_entry(name):
+    """No logits, probabilities or one-hot of all rows, of any type, neither forward nor in the
+    gradients: what has an entry's dim has a chunk's rows at most. The plain version has them."""
+    args, rows = inputs(T=320), 320
+
+    def most(module):
+        loss = lambda h, w: FUNCTIONS[name](module, h, w, *args[2:])
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(*args[:2])
+        return max(size // V for size in sizes(jaxpr.jaxpr) if size % V == 0)
+
+    assert most(linear_xent) == 64  # of a chunk; and the head's gradient has D = 24
+    assert most(reference) >= rows
+
+
+def sizes(jaxpr):
+    """Elements of every value in a jaxpr and those within it."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from sizes(inner)
