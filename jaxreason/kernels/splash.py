@@ -3,10 +3,15 @@
 It has no log-sum-exp that gradients flow through, and its queries are those of the keys: T = S.
 """
 
+import typing
+
 import jax
 import jax.numpy as jnp
 
 from jaxreason.types import AttentionMask
+
+if typing.TYPE_CHECKING:
+    from jax.experimental.pallas import tpu as pltpu
 
 _LANES = 128
 _BLOCK = 512  # queries and keys that meet at once, of long rows
@@ -18,10 +23,12 @@ def attention(
     v_BTKH: jax.Array,
     mask: AttentionMask,
     *,
-    interpret: bool = False,
+    interpret: "bool | pltpu.InterpretParams" = False,
 ) -> tuple[jax.Array, None]:
     """(out_BTNH of q's dtype, None), as `reference.attention`. Any T and H; padded here.
 
+    Args:
+      interpret: simulates the kernels; with InterpretParams a TPU's memories too, more slowly.
     Raises NotImplementedError for an offset, which splash cannot take as data.
     """
     if mask.q_offset_B is not None or q_BTNH.shape[1] != k_BTKH.shape[1]:
@@ -40,9 +47,19 @@ def attention(
         kv_ids_BT = jnp.pad(mask.kv_segments_BS, ((0, 0), (0, -T % block)))
     q_BTNH = (q_BTNH * scale).astype(q_BTNH.dtype)
     operands = by_head(q_BTNH), by_head(k_BTKH), by_head(v_BTKH)
-    out_BNTH = jax.vmap(kernel)(*operands, _segment_ids(ids_BT, kv_ids_BT))
+    # A vmapped kernel has a dim of the grid that its semantics lack: InterpretParams refuse it.
+    rows = jax.vmap if isinstance(interpret, bool) else _one_by_one
+    out_BNTH = rows(kernel)(*operands, _segment_ids(ids_BT, kv_ids_BT))
     out_BTNH = jnp.swapaxes(out_BNTH, 1, 2)[:, :T, :, :H]
     return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, 0).astype(q_BTNH.dtype), None
+
+
+def _one_by_one(kernel):
+    def run(*operands):
+        row = lambda b: jax.tree.map(lambda x: x[b], operands)
+        return jnp.stack([kernel(*row(b)) for b in range(operands[0].shape[0])])
+
+    return run
 
 
 def _block(length: int) -> int:
