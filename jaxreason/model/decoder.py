@@ -338,7 +338,13 @@ class LanguageModel:
         return self.rows.restored(values(params["value_head"], h_BTD), length)
 
     def _embed(self, table_VD, tokens_BT):
-        return self._scaled(self.head.embedded(table_VD.astype(self.dtype), tokens_BT))
+        if self.mesh is None or self.mesh.size == 1:
+            # Cast after the lookup, so that its gradient adds up in float32: of a token that comes
+            # ten thousand times, bfloat16 sums stop growing after some hundred.
+            x_BTD = self.head.embedded(table_VD, tokens_BT).astype(self.dtype)
+        else:
+            x_BTD = self.head.embedded(table_VD.astype(self.dtype), tokens_BT)
+        return self._scaled(x_BTD)
 
     def _scaled(self, x):
         """Embeddings as they enter. The factor is rounded too, as the family was trained."""

@@ -114,8 +114,38 @@ def project(x, w, num_in: int = 1, mesh: Mesh | None = None):
     x_XI, w_IO = x.reshape(*rows, math.prod(into)), w.reshape(math.prod(into), -1)
     if mesh is None:
         x_XI = x_XI.reshape(-1, math.prod(into))
+    product = _product if x.dtype == jnp.float32 else _narrow_product
+    return product(x_XI, w_IO).reshape(*rows, *out)
+
+
+def _product(x_XI, w_IO):
     out_XO = jnp.einsum("...I,IO->...O", x_XI, w_IO, preferred_element_type=jnp.float32)
-    return out_XO.astype(x.dtype).reshape(*rows, *out)
+    return out_XO.astype(x_XI.dtype)
+
+
+@jax.custom_vjp
+def _narrow_product(x_XI, w_IO):
+    """Of bfloat16, whose gradients multiply bfloat16 too.
+
+    JAX's own multiply float32 by float32, for the cast of the sums comes first on the way back, and
+    XLA keeps those: at half the speed at best (an H200's peak is 495 TFLOP/s in TF32, 990 in
+    bfloat16). The terms are the same: bfloat16 numbers and their products are exact in float32.
+    """
+    return _product(x_XI, w_IO)
+
+
+def _narrow_forward(x_XI, w_IO):
+    return _product(x_XI, w_IO), (x_XI, w_IO)
+
+
+def _narrow_backward(operands, dout_XO):
+    x_XI, w_IO = operands
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dx_XI = dot("...O,IO->...I", dout_XO, w_IO).astype(x_XI.dtype)
+    return dx_XI, dot("...I,...O->IO", x_XI, dout_XO).astype(w_IO.dtype)
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _adapted(x, weight, adapter: Params | None, num_in: int = 1, mesh: Mesh | None = None):
