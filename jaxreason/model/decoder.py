@@ -37,6 +37,7 @@ from jaxreason.model.layer import (
     rms_norm,
 )
 from jaxreason.model.lora import LoraConfig
+from jaxreason.model.products import splits_weights
 from jaxreason.model.rows import Rows
 from jaxreason.parallel import mesh as mesh_lib
 from jaxreason.parallel import rules
@@ -273,18 +274,19 @@ class LanguageModel:
         )
         angles = self._angles(positions_BT)
         real_BT = segments_BT != 0
+        in_parts = splits_weights(self.mesh)
 
         def layer(sliding: bool):
             mask = self._mask(sliding, q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
 
             def apply(x_BTD, parameters):
                 block, adapters = parameters
-                w = block.weights(c, self.dtype, self._fuse, adapters)
+                w = block.weights(c, self.dtype, self._fuse, adapters, in_parts)
                 q, k, v = qkv(c, w, x_BTD, *angles[sliding], mesh=self.mesh)
                 attended_BTNH = self._attention(q, k, v, mask)
                 return finish_layer(c, w, x_BTD, attended_BTNH, self._experts, real_BT, self.mesh)
 
-            return self.execution.rematerialised(apply)
+            return self.execution.rematerialised(apply, in_parts)
 
         x_BTD, routing_L = _scan_layers(
             {sliding: layer(sliding) for sliding in set(c.sliding)},
@@ -338,13 +340,7 @@ class LanguageModel:
         return self.rows.restored(values(params["value_head"], h_BTD), length)
 
     def _embed(self, table_VD, tokens_BT):
-        if self.mesh is None or self.mesh.size == 1:
-            # Cast after the lookup, so that its gradient adds up in float32: of a token that comes
-            # ten thousand times, bfloat16 sums stop growing after some hundred.
-            x_BTD = self.head.embedded(table_VD, tokens_BT).astype(self.dtype)
-        else:
-            x_BTD = self.head.embedded(table_VD.astype(self.dtype), tokens_BT)
-        return self._scaled(x_BTD)
+        return self._scaled(self.head.embedded(table_VD, tokens_BT, self.dtype))
 
     def _scaled(self, x):
         """Embeddings as they enter. The factor is rounded too, as the family was trained."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from jaxreason.kernels.ring import EXCHANGES
+from jaxreason.model.products import GATHERED
 
 # What the backward pass finds again instead of computing it twice, of each layer.
 KEEPABLE = ("qkv", "attention", "attention_projection", "gate_up")
@@ -61,10 +62,15 @@ class Execution:
         """What a layer keeps for the backward pass; None: all there is, nothing is recomputed."""
         return None if self.remat == "none" else REMAT.get(self.remat, tuple(self.remat.split("+")))
 
-    def rematerialised(self, layer: Callable) -> Callable:
-        """The layer, with all recomputed in the backward pass that is not kept."""
+    def rematerialised(self, layer: Callable, in_parts: bool = False) -> Callable:
+        """The layer, with all recomputed in the backward pass that is not kept.
+
+        Args:
+          in_parts: its weights are split over devices, and gathered again there in any case.
+        """
         if self.kept is None:
-            return layer
+            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            return jax.checkpoint(layer, policy=policy) if in_parts else layer
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[name for name in self.kept if name not in self.offload],
             names_which_can_be_offloaded=list(self.offload),

@@ -13,6 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxreason.kernels import linear_xent as kernel
+from jaxreason.kernels.manual_axes import vary, varying_axes
+from jaxreason.model.products import whole
 from jaxreason.parallel import rules
 from jaxreason.types import Params
 
@@ -36,30 +38,59 @@ class Head:
         split = self._parallel and rules.axis_size(self.mesh, "vocab") > 1
         return rules.RULES["vocab"] if split else None
 
+    @property
+    def _table(self) -> PartitionSpec:
+        return PartitionSpec(self._vocab_axis, rules.RULES["embed"])
+
     def _on_mesh(self, fn, in_specs, out_specs):
         if not self._parallel:
             return fn
         return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
-    def embedded(self, table_VD, tokens_BT):
-        """The tokens' rows of the table, as the residual stream lies.
+    def _whole(self, w_VD, h_BTD):
+        """A device's rows of the head, gathered as they multiply.
 
-        Each part of the vocabulary looks up its own tokens. The table's other dim is whole by then:
-        split on both dims, XLA would rematerialise it around the lookup.
+        Typed as varying with the batch's rows before: so devices that have the same part of it add
+        up the gradient of their part, not of the whole.
         """
         if not self._parallel:
-            return table_VD[tokens_BT]
+            return w_VD
+        w_VD = vary(w_VD, varying_axes(h_BTD))
+        return whole(w_VD, ("vocab", "embed"), self.mesh, h_BTD.dtype)
+
+    def embedded(self, table_VD, tokens_BT, dtype: jnp.dtype):
+        """The tokens' rows of the table, as the residual stream lies.
+
+        Each part of the table looks up its own: of the vocabulary the tokens in it, of the width
+        the tokens of all devices, which then exchange parts of rows. So the table is not gathered,
+        nor is its gradient ever whole. Cast after the lookup, so that the gradient adds up in
+        float32: of a token that comes ten thousand times, bfloat16 sums stop growing after some
+        hundred.
+        """
+        if not self._parallel:
+            return table_VD[tokens_BT].astype(dtype)
         axis = self._vocab_axis
+        parts = tuple(name for name in rules.mesh_axes("embed") if self.mesh.shape[name] > 1)
 
         def local(table_VD, tokens_BT):
+            ids_X = tokens_BT.reshape(-1)
+            if parts:
+                ids_X = jax.lax.all_gather(ids_X, parts, tiled=True)
             if axis is None:
-                return table_VD[tokens_BT]
-            ids_BT = tokens_BT - table_VD.shape[0] * jax.lax.axis_index(axis)
-            here_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
-            x_BTD = jnp.where(here_BT[..., None], table_VD[jnp.where(here_BT, ids_BT, 0)], 0)
+                x_XD = table_VD[ids_X].astype(dtype)
+            else:
+                ids_X = ids_X - table_VD.shape[0] * jax.lax.axis_index(axis)
+                here_X = (ids_X >= 0) & (ids_X < table_VD.shape[0])
+                rows_XD = table_VD[jnp.where(here_X, ids_X, 0)].astype(dtype)
+                x_XD = jnp.where(here_X[:, None], rows_XD, 0)
+            if parts:
+                x_XD = jax.lax.all_to_all(x_XD, parts, split_axis=0, concat_axis=1, tiled=True)
+            x_BTD = x_XD.reshape(*tokens_BT.shape, -1)
+            if axis is None:
+                return x_BTD
             return jax.lax.psum_scatter(x_BTD, axis, scatter_dimension=1, tiled=True)
 
-        in_specs = (PartitionSpec(axis), _ROWS)
+        in_specs = (self._table, _ROWS)
         stream = rules.spec(("batch", "residual"))
         return self._on_mesh(local, in_specs, stream)(table_VD, tokens_BT)
 
@@ -74,11 +105,11 @@ class Head:
         )
 
         def local(h_BTD, w_VD, targets_BT, weights_BT):
-            D = h_BTD.shape[-1]
+            D, w_VD = h_BTD.shape[-1], self._whole(w_VD, h_BTD)
             sums = run(h_BTD.reshape(-1, D), w_VD, targets_BT.reshape(-1), weights_BT.reshape(-1))
             return jax.lax.psum(sums, _TOKENS) if self._parallel else sums
 
-        in_specs = (_ROWS, PartitionSpec(self._vocab_axis), _ROWS, _ROWS)
+        in_specs = (_ROWS, self._table, _ROWS, _ROWS)
         return self._on_mesh(local, in_specs, PartitionSpec())(h_BTD, w_VD, targets_BT, weights_BT)
 
     def logprobs(self, h_BTD, w_VD, targets_BT, *, temperature=1.0):
@@ -87,7 +118,7 @@ class Head:
         def local(h_BTD, w_VD, targets_BT):
             out = kernel.linear_logprobs(
                 h_BTD.reshape(-1, h_BTD.shape[-1]),
-                w_VD,
+                self._whole(w_VD, h_BTD),
                 targets_BT.reshape(-1),
                 temperature=temperature,
                 valid_vocab=self.valid_vocab,
@@ -95,7 +126,7 @@ class Head:
             )
             return tuple(x.reshape(targets_BT.shape) for x in out)
 
-        in_specs = (_ROWS, PartitionSpec(self._vocab_axis), _ROWS)
+        in_specs = (_ROWS, self._table, _ROWS)
         return self._on_mesh(local, in_specs, (_ROWS, _ROWS, _ROWS))(h_BTD, w_VD, targets_BT)
 
 

@@ -82,29 +82,40 @@ class Block(nnx.Module):
         self.w_down = normal(rngs, (*expert, F, D), out, out_std)
 
     def weights(
-        self, c: DecoderConfig, dtype: jnp.dtype, fuse: bool, lora: Params | None = None
+        self,
+        c: DecoderConfig,
+        dtype: jnp.dtype,
+        fuse: bool,
+        lora: Params | None = None,
+        in_parts: bool = False,
     ) -> LayerWeights:
-        """As the layer multiplies them; `lora` are this layer's adapters, b scaled."""
+        """As the layer multiplies them; `lora` are this layer's adapters, b scaled.
+
+        Args:
+          in_parts: matrices keep their type, for products.py casts them where it gathers them.
+        """
         cast = lambda p: p[...].astype(dtype)
+        matrix = (lambda p: p[...]) if in_parts else cast
         norm = lambda name: multiplier(c, getattr(self, name)[...]) if hasattr(self, name) else None
         fuse = fuse and lora is None
         join = lambda axis, *parts: (jnp.concatenate(parts, axis),) if fuse else parts
-        gate_up = cast(self.w_gate), cast(self.w_up)
+        of_mlp = cast if c.traits.experts else matrix
+        gate_up = of_mlp(self.w_gate), of_mlp(self.w_up)
         bias = None
         if c.traits.qkv_bias:
             bias = join(0, cast(self.bq), cast(self.bk), cast(self.bv))
         return LayerWeights(
             attention_norm=norm("attention_norm"),
-            qkv=join(1, cast(self.wq), cast(self.wk), cast(self.wv)),
+            qkv=join(1, matrix(self.wq), matrix(self.wk), matrix(self.wv)),
             qkv_bias=bias,
             q_norm=norm("q_norm"),
             k_norm=norm("k_norm"),
-            wo=cast(self.wo),
+            wo=matrix(self.wo),
             post_attention_norm=norm("post_attention_norm"),
             mlp_norm=norm("mlp_norm"),
             router=self.router[...] if c.traits.experts else None,
             gate_up=gate_up if c.traits.experts else join(1, *gate_up),
-            w_down=cast(self.w_down),
+            w_down=of_mlp(self.w_down),
             post_mlp_norm=norm("post_mlp_norm"),
             lora=None if lora is None else jax.tree.map(lambda x: x.astype(dtype), lora),
         )

@@ -182,7 +182,7 @@ class Experts:
     def _whole(self, experts: Weights) -> Weights:
         """A device's experts, gathered over the axes that split their D; their F stays split."""
         named = zip(experts, _WEIGHT_AXES)
-        return tuple(whole(w, axes, self.mesh, "expert_embed") for w, axes in named)
+        return tuple(whole(w, axes, self.mesh, dim="expert_embed") for w, axes in named)
 
     def _exchanged(self, h_XD, weights_XK, ids_XK, experts: Weights, activation) -> jax.Array:
         """out_XD of a device's own tokens, which its peers' experts have seen too."""

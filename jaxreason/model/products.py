@@ -1,4 +1,8 @@
-"""A layer's products with its weights and their adapters, laid over the tensor axis.
+"""A layer's products with its weights and their adapters, laid over the mesh.
+
+What fsdp splits is gathered by hand, in the type of the activations; its gradient is added up and
+split again in float32. Left to the partitioner, XLA:GPU transposes the float32 weights and
+gradients of all layers for those that are split along an inner dim (wo, w_down): four copies more.
 
 Between layers the residual stream lies split along T over the tensor axis too. A column-parallel
 product gathers it and has outputs that are split (heads, the MLP's width); a row-parallel one takes
@@ -9,14 +13,17 @@ product, in its own type. Sources: arXiv 1909.08053, section 3; arXiv 2205.05198
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxreason.parallel import rules
 from jaxreason.types import Params
 
+GATHERED = "gathered"  # weights, which no layer keeps for its backward pass
 _TENSOR = rules.RULES["mlp"]
 _STREAM = rules.spec(("batch", "residual"))
 _SPLIT = rules.spec(("batch", "length", "mlp"))
@@ -34,14 +41,15 @@ def column_parallel(
     Args:
       adapters: of each weight; {"a": [D, R], "b": [R, *out]} or None.
     """
-    if not _is_split(mesh):
+    if not splits_weights(mesh):
         pairs = zip(weights, adapters)
         return tuple(_adapted(x_BTD, w, adapter, mesh=mesh) for w, adapter in pairs)
 
     def local(x_BTD, weights, adapters):
-        x_BTD = jax.lax.all_gather(x_BTD, _TENSOR, axis=1, tiled=True)
-        pairs = zip(weights, adapters)
-        return tuple(_adapted(x_BTD, whole(w, _COLUMNS, mesh), a, mesh=mesh) for w, a in pairs)
+        if mesh.shape[_TENSOR] > 1:
+            x_BTD = jax.lax.all_gather(x_BTD, _TENSOR, axis=1, tiled=True)
+        found = [whole(w, _COLUMNS, mesh, x_BTD.dtype) for w in weights]
+        return tuple(_adapted(x_BTD, w, a, mesh=mesh) for w, a in zip(found, adapters))
 
     places = tuple(a and {"a": PartitionSpec(), "b": rules.spec(("rank", "mlp"))} for a in adapters)
     run = _each_device(local, mesh, (_STREAM, rules.spec(_COLUMNS), places), _SPLIT)
@@ -57,14 +65,16 @@ def row_parallel(
       adapter: {"a": [*in, R], "b": [R, D]} or None.
     """
     num_in = weight.ndim - 1
-    if not _is_split(mesh):
+    if not splits_weights(mesh):
         out_BTD = _adapted(x, weight, adapter, num_in, mesh)
         return rules.constrain(out_BTD, mesh, "batch", "residual", "model")
 
     names = ("mlp", *["head_dim"] * (num_in - 1), "embed")
 
     def local(x, weight, adapter):
-        out_BTD = _adapted(x, whole(weight, names, mesh), adapter, num_in, mesh)
+        out_BTD = _adapted(x, whole(weight, names, mesh, x.dtype), adapter, num_in, mesh)
+        if mesh.shape[_TENSOR] == 1:
+            return out_BTD
         return jax.lax.psum_scatter(out_BTD, _TENSOR, scatter_dimension=1, tiled=True)
 
     place = adapter and {"a": rules.spec(("mlp",)), "b": PartitionSpec()}
@@ -72,32 +82,52 @@ def row_parallel(
     return run(x, weight, adapter)
 
 
-def whole(weight: jax.Array, logical_axes: Sequence[str], mesh: Mesh, dim: str = "embed"):
+def whole(
+    weight: jax.Array,
+    logical_axes: Sequence[str],
+    mesh: Mesh,
+    dtype: jnp.dtype | None = None,
+    dim: str = "embed",
+):
     """Under shard_map, a device's part of a weight, gathered over the axes that split `dim`.
 
-    Its gradient is added up over them in float32.
+    Its gradient is added up over them in float32, and then of the weight's own type.
+
+    Args:
+      dtype: that it is cast to first; None: its own.
     """
     axes = tuple(axis for axis in rules.mesh_axes(dim) if mesh.shape[axis] > 1)
-    return _gathered(weight, axes, list(logical_axes).index(dim)) if axes else weight
+    part = _Part(axes, list(logical_axes).index(dim), weight.dtype, dtype or weight.dtype)
+    found = _gathered(weight, part) if axes else weight.astype(part.travels)
+    return checkpoint_name(found, GATHERED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(weight, axes: tuple[str, ...], dim: int):
+class _Part(NamedTuple):
+    axes: tuple[str, ...]  # that split it
+    dim: int  # which they split
+    dtype: jnp.dtype
+    travels: jnp.dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight, part: _Part):
     # Gathered in front and then moved: along an inner dim XLA:GPU would want the weights of all
     # layers transposed first, a second float32 copy of them.
-    parts = jnp.moveaxis(jax.lax.all_gather(weight, axes), 0, dim)
-    return parts.reshape(*weight.shape[:dim], -1, *weight.shape[dim + 1 :])
+    parts = jax.lax.all_gather(weight.astype(part.travels), part.axes)
+    before, after = weight.shape[: part.dim], weight.shape[part.dim + 1 :]
+    return jnp.moveaxis(parts, 0, part.dim).reshape(*before, -1, *after)
 
 
-def _gathered_forward(weight, axes, dim):
-    return _gathered(weight, axes, dim), None
+def _gathered_forward(weight, part: _Part):
+    return _gathered(weight, part), None
 
 
-def _gathered_backward(axes, dim, _, gradient):
-    sums = jax.lax.psum_scatter(
-        gradient.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True
-    )
-    return (sums.astype(gradient.dtype),)
+def _gathered_backward(part: _Part, _, gradient):
+    before, after = gradient.shape[: part.dim], gradient.shape[part.dim + 1 :]
+    ways = jax.lax.axis_size(part.axes)
+    parts = gradient.astype(jnp.float32).reshape(*before, ways, -1, *after)
+    parts = jnp.moveaxis(parts, part.dim, 0)  # scattered from in front, for the same reason
+    return (jax.lax.psum_scatter(parts, part.axes, scatter_dimension=0).astype(part.dtype),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
@@ -149,14 +179,16 @@ _narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _adapted(x, weight, adapter: Params | None, num_in: int = 1, mesh: Mesh | None = None):
-    out = project(x, weight, num_in, mesh)
+    out = project(x, weight.astype(x.dtype), num_in, mesh)
     if adapter is None:
         return out
     return out + project(project(x, adapter["a"], num_in, mesh), adapter["b"], mesh=mesh)
 
 
-def _is_split(mesh: Mesh | None) -> bool:
-    return mesh is not None and mesh.shape[_TENSOR] > 1
+def splits_weights(mesh: Mesh | None) -> bool:
+    """Whether the matrices of a layer are in parts. Of whole copies the partitioner adds gradients."""
+    axes = {*rules.mesh_axes("embed"), _TENSOR}
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)
 
 
 def _each_device(local: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
