@@ -186,7 +186,7 @@ def _adapted(x, weight, adapter: Params | None, num_in: int = 1, mesh: Mesh | No
 
 
 def splits_weights(mesh: Mesh | None) -> bool:
-    """Whether the matrices of a layer are in parts. Of whole copies the partitioner adds gradients."""
+    """Whether a layer's matrices are in parts; of whole copies the partitioner adds gradients."""
     axes = {*rules.mesh_axes("embed"), _TENSOR}
     return mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)
 

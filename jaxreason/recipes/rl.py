@@ -95,6 +95,7 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
         samples_every=rollout.samples_every,
         max_nonfinite=config.run.max_nonfinite,
         max_mult_prob_error=rollout.max_mult_prob_error,
+        profile=tuple(config.run.profile.steps),
     )
     _check_numbers(config, section, loop)
     if loop.asynchronous and algorithm.policy.correction == "none":
@@ -296,6 +297,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
             seed=config.seed,
             to_sampler=functools.partial(place, model=sampler),
             evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
+            trace_dir=str(workdir.path / "profile" / stage.name),
         )
         _, tokens = train(job, key, *_begins(run, stage, model, key))
     seconds = round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0)

@@ -21,6 +21,7 @@ from jaxreason.train import state as state_lib
 from jaxreason.train.metrics import MetricsWriter, Progress, peak_memory_gib
 from jaxreason.train.optim import Schedule
 from jaxreason.train.step import TrainStep
+from jaxreason.train.trace import Trace, check_steps
 from jaxreason.types import Params, TrainState
 
 
@@ -33,12 +34,13 @@ class FitConfig:
     save_every: int = 100
     validate_every: int = 0  # 0: only before the first step and after the last
     max_nonfinite: int = 5  # consecutive skipped steps before the run stops
-    profile: tuple[int, ...] = ()  # (first, last) step to trace into the stage's folder
+    profile: tuple[int, ...] = ()  # (first, last) step to trace, counted from 1
 
     def __post_init__(self):
         for name in ("steps", "log_every", "save_every", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_steps(self.profile, self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Fit:
     validate: Callable[[Params], dict[str, float]] | None = None
     flops_per_token: float = 0.0
     peak_flops: float | None = None  # of all devices together; None: no MFU is claimed
-    trace_dir: str = ""
+    trace_dir: str = ""  # for the trace and its table
 
 
 class NonFinite(RuntimeError):
@@ -106,18 +108,21 @@ def fit(
     job.progress.start(job.stage, config.steps, done)
     pending = None  # the step in flight: reported after the next is dispatched, never waited for
     owned, num_shards = job.pipeline.owned, job.pipeline.num_shards
-    with sigterm_asks() as asked:
+    traced = Trace(config.profile, job.trace_dir, job.progress.say)
+    train_step = traced.watched(job.train_step)
+    with sigterm_asks() as asked, traced:
         sign = hosts.StopSign(job.stage, asked)
         while done < config.steps:
-            _trace(job, done)
+            traced.before(done, state)
             began = time.perf_counter()
             batch = next(job.pipeline)
             waited = time.perf_counter() - began
             read = np.count_nonzero(batch.segments_BT) * num_shards // len(owned)
             if job.model.mesh is not None:
                 batch = hosts.to_global(job.model.mesh, batch, owned, num_shards)
-            state, metrics = job.train_step(state, batch, frozen)
+            state, metrics = train_step(state, batch, frozen)
             done += 1
+            traced.after(done, state)
             if pending is not None:
                 report.step(*pending)
             pending = (done, metrics, read, waited)
@@ -211,14 +216,6 @@ class _Reporter:
             f"{job.stage} {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
         )
         self.clock += time.perf_counter() - began
-
-
-def _trace(job: Fit, done: int) -> None:
-    """Profile the steps that `run.profile.steps` names."""
-    if job.config.profile and done == job.config.profile[0]:
-        jax.profiler.start_trace(job.trace_dir)
-    if job.config.profile and done == job.config.profile[-1]:
-        jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager

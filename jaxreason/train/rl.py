@@ -25,6 +25,7 @@ from jaxreason.train.fit import NonFinite, Terminated, sigterm_asks
 from jaxreason.train.groups import Group, Rows, RowsConfig, lay_out_updates, statistics
 from jaxreason.train.metrics import MetricsWriter, Progress, peak_memory_gib
 from jaxreason.train.step import TrainStep
+from jaxreason.train.trace import Trace, check_steps
 from jaxreason.types import Batch, Params, PolicyBatch, TrainState
 
 
@@ -46,6 +47,7 @@ class RLConfig:
     max_nonfinite: int = 5
     # Limit of rollout/token_mult_prob_error; when asynchronous that holds a step of learning too.
     max_mult_prob_error: float = 1.05
+    profile: tuple[int, ...] = ()  # (first, last) step to trace, counted from 1
 
     def __post_init__(self):
         least = ("steps", "updates", "num_iterations", "log_every", "save_every", "samples_every")
@@ -60,6 +62,7 @@ class RLConfig:
                 f"rollout.max_mult_prob_error is {self.max_mult_prob_error}; it must be above 1, "
                 "where sampler and trainer agree exactly"
             )
+        check_steps(self.profile, self.steps)
 
     @property
     def has_entropy_bonus(self) -> bool:
@@ -91,6 +94,7 @@ class RL:
     seed: int
     to_sampler: Callable[[Params], Params] = lambda params: params  # where the sampler reads them
     evaluate: Callable[[Params], dict[str, float]] | None = None
+    trace_dir: str = ""  # for the trace and its table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +142,12 @@ def train(
     # --- steps ------------------------------------------------------------------------------------
     job.progress.start(job.stage, config.steps, done)
     trained = (0.0, 0.0)  # when the step before was learnt from, in seconds of perf_counter
-    with sigterm_asks() as asked, _Rollouts(job, pending) as rollouts:
+    traced = Trace(config.profile, job.trace_dir, job.progress.say)
+    job = dataclasses.replace(job, train_step=traced.watched(job.train_step))
+    with sigterm_asks() as asked, traced, _Rollouts(job, pending) as rollouts:
         sign = hosts.StopSign(job.stage, asked)
         while done < config.steps:
+            traced.before(done, state)
             began = time.perf_counter()
             latest = lambda: job.to_sampler(whole(state.params))
             try:
@@ -166,6 +173,7 @@ def train(
                         config.entropy_step,
                     )  # fmt: skip
             done += 1
+            traced.after(done, state)
             now = time.perf_counter()
             values |= _rollout_values(rollout) | {"rollout/skipped": host["skipped"]}
             values |= _times(values, rollout, began, learning, now)

@@ -8,6 +8,7 @@ import optax
 
 from jaxreason.model import moe
 from jaxreason.model.decoder import LanguageModel
+from jaxreason.report.profile import OPTIMIZER_SCOPE
 from jaxreason.train.optim import Schedule
 from jaxreason.train.state import shardings
 from jaxreason.types import Params, TrainState
@@ -54,6 +55,12 @@ def make_train_step(
             return sum(c * terms[name] for name, (_, c) in loss.terms.items()), means
 
         (loss, means), grads = _accumulated(mean_loss, state.params, pieces, microbatches)
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            state, own = updated(state, loss, grads)
+        return state, {"loss": loss, **means, **own, "num_tokens": weights[first]}
+
+    def updated(state: TrainState, loss, grads):
+        """(the state after an update, or as it was where something is not finite; metrics)."""
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
         if clip_norm:
@@ -70,14 +77,7 @@ def make_train_step(
             key=state.key,
             nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
         )
-        metrics = {
-            "loss": loss,
-            **means,
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
-            "num_tokens": weights[first],
-            "nonfinite": state.nonfinite,
-        }
+        metrics = {"grad_norm": grad_norm, "learning_rate": rate, "nonfinite": state.nonfinite}
         return state, metrics
 
     places = shardings(model, optimizer)
