@@ -94,8 +94,10 @@ def table(
     if not any(lines for lines in devices.values()):
         raise ValueError(f"{path}: the trace has no work of a device")
     kinds = kinds_of_program(program) if program else {}
+    # Other programs have instructions of the same names.
+    own = {"", *re.findall(r"\AHloModule ([\w.\-]+)", program)}
     by_op: collections.Counter = collections.Counter()
-    kind_of = lambda name, module: kinds.get(name) or kind_of_name(name)
+    kind_of = lambda name, module: (module in own and kinds.get(name)) or kind_of_name(name)
     for lines in devices.values():
         for seconds, name, module in _shares(lines, kind_of):
             by_op[name, module] += seconds / len(devices)

@@ -378,6 +378,13 @@ def test_a_rollout_can_be_gone_over_twice(tmp_path):
     assert len(log(tmp_path)) == 2
 
 
+def test_the_steps_to_profile_are_traced_rollout_and_all(tmp_path):
+    run(tmp_path, steps=2, profile=(2, 2), trace_dir=str(tmp_path / "trace"))
+    found = json.loads((tmp_path / "trace" / "where_time_goes.json").read_text())
+    assert found["steps"] == [2, 2]
+    assert found["kinds"]["matmul"] > 0 and found["kinds"]["optimizer"] > 0
+
+
 def test_evaluation_comes_every_so_many_steps_and_at_the_end(tmp_path):
     evaluate = lambda params: {"eval/x/avg@4": float(optax.tree.norm(params))}
     run(tmp_path, evaluate=evaluate, evaluate_every=2, steps=3)
