@@ -33,38 +33,48 @@ STEPS = {
     "qwen3-30b-a3b on 8 h200": (1, {"fsdp": 2, "expert": 4}, 512, 4096, 16, "full"),
     "qwen3-30b-a3b on 64 v5p": (16, {"fsdp": 16, "expert": 4}, 1024, 4096, 2, "full"),
 }  # fmt: skip
+# Of them, those that are compiled once more with a kernel that is chosen by name.
+KERNELS = {
+    "qwen3-1.5b on 8 b200": "flash",
+    "qwen3-8b on 8 h200": "flash",
+    "qwen3-1.5b on 64 v5p": "splash",
+}
 LIMIT = 1200.0  # seconds of a compilation, on a busy machine
 
 steps = pytest.mark.parametrize("name", STEPS)
+compiled_steps = pytest.mark.parametrize(
+    "name, attention", [*((name, "auto") for name in STEPS), *KERNELS.items()]
+)
 
 
-def step_of(name: str) -> Step:
+def step_of(name: str, attention: str = "auto") -> Step:
     hosts, mesh, rows, length, microbatches, remat = STEPS[name]
     model, _, _, chip = name.split()
     return Step(
         chip, hosts, chips.chip(chip).links.per_host, dataclasses.asdict(PRESETS[model]), "fit",
         rows, length, dict.fromkeys(tune.AXES, 1) | mesh, microbatches, remat,
+        attention,
     )  # fmt: skip
 
 
 @functools.cache
-def compiled(name: str) -> dict:
+def compiled(name: str, attention: str) -> dict:
     """The figures of its step. Skips where the chip's compiler is not installed."""
     platform = chips.chip(name.split()[-1]).platform
     distribution = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}[platform]
     if not any(importlib.metadata.distributions(name=distribution)):
         pytest.skip(f"the compiler of {name.split()[-1]} is not here: pip install .[{platform}]")
-    figures = tune.run_step(step_of(name), "compile", LIMIT)
+    figures = tune.run_step(step_of(name, attention), "compile", LIMIT)
     assert "error" not in figures, figures
     return figures
 
 
 @pytest.mark.hardware_free
-@steps
-def test_it_fits_and_copies_nothing_that_it_was_given(name):
+@compiled_steps
+def test_it_fits_and_copies_nothing_that_it_was_given(name, attention):
     """Arguments and temporaries under the chip's memory; all of the state is donated and reused;
     XLA never gathered an array for want of a better way."""
-    step, figures = step_of(name), compiled(name)
+    step, figures = step_of(name), compiled(name, attention)
     needed = figures["argument_bytes"] + figures["temp_bytes"]
     assert needed < chips.chip(step.chip).memory
     batch = 20 * step.rows * step.length / step.num_shards  # five numbers a token
@@ -82,14 +92,15 @@ def split(step: Step) -> int:
 
 
 @pytest.mark.hardware_free
-@steps
-def test_it_exchanges_what_the_page_says(name):
+@compiled_steps
+def test_it_exchanges_what_the_page_says(name, attention):
+    """With a kernel, too: one more would mean that it was replicated, or its operands gathered."""
     if jax.__version__ != PINNED:
         pytest.skip(f"the tables are of jax {PINNED}, this is {jax.__version__}")
     found = [
         (line["kind"], line["group"], line["times"], line["instructions"],
          round(line["bytes"] * line["times"] / 1e9, 1))
-        for line in compiled(name)["collectives"]
+        for line in compiled(name, attention)["collectives"]
     ]  # fmt: skip
     assert sorted(found) == sorted(lines_of_the_page()[name]), "\n".join(map(str, found))
 
