@@ -3,7 +3,7 @@
   python tools/bench.py all --minutes=9 --json=bench.json     run again: goes on with what is left
   python tools/bench.py attention linear_xent decode_attention --case=tiny
   python tools/bench.py attention/4k train/0.6b
-  python tools/bench.py attention --tune       the best tiles of kernels/flash.py on this GPU
+  python tools/bench.py attention --tune       the best tiles of this GPU's flash kernel
 
 attention, linear_xent and decode_attention are kernels, each held against a reference in float32
 before it is timed; startup is the first update, cold and warm; train, decode, rollout and data are
@@ -117,6 +117,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="no round begins after them")
     parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
     parser.add_argument("--tune", action="store_true", help="tiles of flash attention")
+    parser.add_argument("--kernel", help=f"of --tune: {', '.join(bench_tune.MODULES)}")
     parser.add_argument(
         "--json", type=pathlib.Path, help="what is found; an old one is gone on with"
     )
@@ -131,6 +132,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--rounds is {args.rounds}; it must be at least 1")
     if not 0 < args.minutes < math.inf:
         raise ValueError(f"--minutes is {args.minutes:g}; it must be above 0 and finite")
+    if args.kernel and not args.tune:
+        raise ValueError(f"--kernel is {args.kernel!r}; it says which tiles --tune is for")
     if args.tune and args.suites != ["attention"]:
         raise ValueError(f"--tune is for attention alone, not {' '.join(args.suites)}")
     bench_parts.choose(args.suites, args.cases, SUITES, cpu=True)
@@ -144,12 +147,14 @@ def _tune(args: argparse.Namespace, store: Store, console: rich.console.Console)
     say = lambda line: console.print(line, markup=False, soft_wrap=True)
     store.check_device(jax.devices()[0].device_kind)
     cases = bench_tune.cases(args.cases)
-    left = [case for case in cases if store.state(f"tune/{case}") != "done"]
+    module = bench_tune.module_for(args.kernel)
+    part = lambda case: f"tune/{module}/{case}"
+    left = [case for case in cases if store.state(part(case)) != "done"]
     store.begin_run(bench_timing.machine())
-    for tuned in bench_tune.tune(left, deadline, say):
+    for tuned in bench_tune.tune(module, left, deadline, say):
         run, found = len(store.content["runs"]) - 1, dataclasses.asdict(tuned)
-        store.update(f"tune/{tuned.case}", state="done", run=run, tuned=found)
-    done = [store.part(f"tune/{case}").get("tuned") for case in cases]
+        store.update(part(tuned.case), state="done", run=run, tuned=found)
+    done = [store.part(part(case)).get("tuned") for case in cases]
     say(bench_tune.table([found for found in done if found]))
     return 0
 

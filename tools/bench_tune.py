@@ -1,16 +1,19 @@
-"""Which tiles of kernels/flash.py are fastest on the GPU at hand, for each head dim.
+"""Which tiles of a flash kernel are fastest on the GPU at hand, for each head dim.
 
 From the tiles in force one field is changed at a time, as long as that helps. Each of the three
 kernels is timed by itself, and a result that is off is never the best. The first and the best are
 timed once more, in turn.
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import bench_attention as attention
 import jax
@@ -18,16 +21,20 @@ import jax.numpy as jnp
 from bench_kernels import LIMITS, dtype, said, stop_if_lost
 from bench_timing import Settings, Timed, compiled, seconds_in_turn
 
-from jaxreason.kernels import flash
-from jaxreason.kernels.flash import Config, Tiles
+from jaxreason.model.attention import IMPLEMENTATIONS, Use
+from jaxreason.parallel.mesh import capability
 
-# Of each entry of flash.CONFIGS, by worth: what is trained most with such heads.
+MODULES = ("flash", "flash_sm90", "flash_sm100")  # of jaxreason.kernels; Tiles, Config, CONFIGS
+Tiles = Config = Any  # of one of them
+# Of each entry of CONFIGS, by worth: what is trained most with such heads.
 CASES = {128: "4k", 64: "4k-hd64", 256: "4k-window"}
 _STEPS = {
     "queries": (16, 32, 64, 128, 256),
     "keys": (16, 32, 64, 128, 256),
     "num_warps": (2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5),
+    "stages": (1, 2, 3, 4, 5, 6),
+    "value_stages": (1, 2, 3, 4, 5, 6),
 }
 KERNELS = ("forward", "of_queries", "of_keys")
 _ROUNDS, _ROUNDS_OF_BEST = 3, 7
@@ -39,6 +46,7 @@ Seconds = Callable[[Tiles], float]  # of one call; infinite where it does not ru
 class Tuned:
     """Of one head dim: what was best, and the milliseconds of each kernel before and after."""
 
+    module: str
     case: str
     head_dim: int
     config: Config
@@ -53,22 +61,43 @@ def cases(asked: Sequence[str]) -> list[str]:
     return list(asked or CASES.values())
 
 
-def tune(cases: Sequence[str], deadline: float, say: Callable[[str], None]) -> Iterator[Tuned]:
+def module_for(name: str | None) -> str:
+    """The one asked for, or that of this GPU's generation, else flash.
+
+    Raises ValueError for one that cannot run here.
+    """
+    use = Use(jax.default_backend(), dtype().name, 128, capability(None))
+    able = [m for m in MODULES if not IMPLEMENTATIONS[m].reasons(use)]
+    if name is None:
+        return able[-1]
+    if name not in able:
+        raise ValueError(f"--kernel is {name!r}; tiles on this GPU are of {', '.join(able)}")
+    return name
+
+
+def tune(
+    module: str, cases: Sequence[str], deadline: float, say: Callable[[str], None]
+) -> Iterator[Tuned]:
     """One case after the other; they share the time."""
     for number, case in enumerate(cases):
         share = (deadline - time.monotonic()) / (len(cases) - number)
-        yield _tune(attention.ROWS_CASES[case], share, say)
+        yield _tune(module, attention.ROWS_CASES[case], share, say)
 
 
-def _tune(case: attention.RowsCase, share: float, say) -> Tuned:
+def _kernels(module: str):
+    return importlib.import_module(f"jaxreason.kernels.{module}")
+
+
+def _tune(module: str, case: attention.RowsCase, share: float, say) -> Tuned:
     """Within about `share` seconds."""
     operands, deadline = attention.rows_operands(case), time.monotonic() + share
-    truth, config, times = attention.rows_truth(operands), flash.CONFIGS[case.head_dim], {}
+    config, times = _kernels(module).CONFIGS[case.head_dim], {}
+    truth = attention.rows_truth(operands)
     for number, kernel in enumerate(KERNELS):
         until = time.monotonic() + (deadline - time.monotonic()) / (len(KERNELS) - number)
         tried: dict[Tiles, Timed] = {}
         first = getattr(config, kernel)
-        measure = functools.partial(_seconds, operands, truth, config, kernel, tried, say)
+        measure = functools.partial(_seconds, module, operands, truth, config, kernel, tried, say)
         best = descend(first, measure, until)
         runs = {tiles: tried[tiles] for tiles in (first, best) if tiles in tried}
         found = seconds_in_turn(runs, Settings(_ROUNDS_OF_BEST, math.inf, False))
@@ -77,7 +106,7 @@ def _tune(case: attention.RowsCase, share: float, say) -> Tuned:
         times[kernel] = (medians.get(first), medians.get(best))
         config = dataclasses.replace(config, **{kernel: best})
         say(f"{case.name} {kernel}: first {first}, best {best}, ms {times[kernel]}")
-    return Tuned(case.name, case.head_dim, config, times)
+    return Tuned(module, case.name, case.head_dim, config, times)
 
 
 def descend(first: Tiles, seconds: Seconds, deadline: float) -> Tiles:
@@ -86,7 +115,7 @@ def descend(first: Tiles, seconds: Seconds, deadline: float) -> Tiles:
     best, before = first, None
     while best != before:
         before = best
-        for field in _STEPS:
+        for field in (f.name for f in dataclasses.fields(first)):
             for tiles in neighbours(best, field):
                 if tiles not in known and time.monotonic() < deadline:
                     known[tiles] = seconds(tiles)
@@ -97,17 +126,23 @@ def descend(first: Tiles, seconds: Seconds, deadline: float) -> Tiles:
 
 
 def neighbours(tiles: Tiles, field: str) -> list[Tiles]:
-    """The next smaller and the next larger."""
-    values, value = _STEPS[field], getattr(tiles, field)
+    """The next smaller and the next larger that there may be."""
+    values, value = _STEPS.get(field, ()), getattr(tiles, field)
     near = [max((v for v in values if v < value), default=None)]
     near += [min((v for v in values if v > value), default=None)]
-    return [dataclasses.replace(tiles, **{field: v}) for v in near if v is not None]
+    found = []
+    for v in near:
+        with contextlib.suppress(ValueError):  # tiles that are refused
+            found += [] if v is None else [dataclasses.replace(tiles, **{field: v})]
+    return found
 
 
-def _seconds(operands, truth, config: Config, kernel: str, tried: dict, say, tiles: Tiles) -> float:
-    config = dataclasses.replace(config, **{kernel: tiles})
+def _seconds(
+    module: str, operands, truth, config: Config, kernel: str, tried: dict, say, tiles: Tiles
+) -> float:
     try:
-        run = build(operands, config, kernel)
+        config = dataclasses.replace(config, **{kernel: tiles})
+        run = build(module, operands, config, kernel)
         made = run.once()
     except Exception as failure:  # too much shared memory, or what a compiler says of it
         stop_if_lost(failure)
@@ -121,8 +156,11 @@ def _seconds(operands, truth, config: Config, kernel: str, tried: dict, say, til
     return min(seconds_in_turn({"": run}, Settings(_ROUNDS, math.inf, False))[""])
 
 
-def build(operands: attention.RowsOperands, config: Config, kernel: str) -> Timed:
+def build(module: str, operands: attention.RowsOperands, config: Config, kernel: str) -> Timed:
     """One of the three kernels alone: XLA drops the others, whose results nobody takes."""
+    flash = _kernels(module)
+    if hasattr(config, "ordered"):  # else the gradient of the queries has no kernel of its own
+        config = dataclasses.replace(config, ordered=kernel == "of_queries")
     if kernel == "forward":
         run = lambda q, k, v, mask: {"out": flash.attention(q, k, v, mask, config=config)[0]}
         return compiled(run, *operands.qkv, operands.mask)
@@ -134,6 +172,8 @@ def build(operands: attention.RowsOperands, config: Config, kernel: str) -> Time
         found = flash.gradients(q, k, v, mask, lse_BTN, delta_BTN, dout_BTNH, config=config)
         named = dict(zip(("dq", "dk", "dv"), found))
         wanted = ("dq",) if kernel == "of_queries" else ("dk", "dv")
+        if kernel == "of_keys" and getattr(config, "adds", False):
+            wanted = ("dq", *wanted)
         return {name: named[name] for name in wanted}
 
     return compiled(run, *operands.qkv, operands.mask, lse_BTN, delta_BTN, dout_BTNH)
@@ -147,10 +187,11 @@ def _forward(operands: attention.RowsOperands) -> tuple[jax.Array, jax.Array]:
 
 
 def table(found: Sequence[dict]) -> str:
-    """Of `Tuned`s as dicts: as it stands in kernels/flash.py."""
+    """Of `Tuned`s of one module, as dicts: as it stands there."""
     lines = ["CONFIGS = {"]
     for one in sorted(found, key=lambda one: one["head_dim"]):
-        each = (Tiles(**one["config"][kernel]) for kernel in KERNELS)
-        tiles = (f"Tiles({t.queries}, {t.keys}, {t.num_warps}, {t.num_stages})" for t in each)
+        fields = dataclasses.fields(_kernels(one["module"]).Config)
+        each = (one["config"][f.name].values() for f in fields if f.name in KERNELS)
+        tiles = (f"Tiles({', '.join(map(str, numbers))})" for numbers in each)
         lines.append(f"    {one['head_dim']}: Config({', '.join(tiles)}),")
     return "\n".join([*lines, "}"])

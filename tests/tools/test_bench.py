@@ -220,6 +220,7 @@ def test_the_slot_holds_every_kernels_case_that_is_not_for_cpu(bench):
         (["data", "--json=/no/such/folder.json"], "--json is /no/such/folder.json; it must be"),
         (["data", "--json=/"], "--json is /; it must be a file in a folder that exists"),
         (["train", "--tune"], "--tune is for attention alone, not train"),
+        (["attention", "--kernel=flash"], "--kernel is 'flash'; it says which tiles --tune is for"),
         (["attention", "--tune"], "--tune needs a GPU; JAX's devices here are cpu"),
         (["data", "--rounds=many"], "argument --rounds: invalid int value: 'many'"),
     ],

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreason.kernels import flash, reference
+from jaxreason.kernels import flash, flash_sm90, flash_sm100, reference
 from jaxreason.kernels.flash import Config, Tiles
 from jaxreason.kernels.ring import Kernel
 from jaxreason.model.attention import IMPLEMENTATIONS
@@ -191,18 +191,38 @@ def test_each_kernel_alone_is_right(bench, kernel):
     attention, tiles = bench.bench_attention, Tiles(16, 32, 4, 2)
     operands = attention.rows_operands(attention.ROWS_CASES["micro"])
     config = Config(tiles, tiles, tiles, interpret=True)
-    made = bench.bench_tune.build(operands, config, kernel).once()
+    made = bench.bench_tune.build("flash", operands, config, kernel).once()
     assert set(made) == {"forward": {"out"}, "of_queries": {"dq"}, "of_keys": {"dk", "dv"}}[kernel]
     assert attention.rows_error(attention.rows_truth(operands), made) < 1e-4
 
 
-def test_the_table_is_that_of_the_kernels(bench):
-    tuned = [bench.bench_tune.Tuned("", h, c, {}) for h, c in reversed(flash.CONFIGS.items())]
+@pytest.mark.parametrize("module", [flash, flash_sm90, flash_sm100])
+def test_the_table_is_that_of_the_kernels(bench, module):
+    tune, name = bench.bench_tune, module.__name__.rpartition(".")[2]
+    tuned = [tune.Tuned(name, "", h, c, {}) for h, c in reversed(module.CONFIGS.items())]
     tuned = json.loads(json.dumps([dataclasses.asdict(one) for one in tuned]))
-    names = {"Config": Config, "Tiles": Tiles}
-    exec(bench.bench_tune.table(tuned), names)
-    assert names["CONFIGS"] == flash.CONFIGS
-    assert set(bench.bench_tune.CASES) == set(flash.CONFIGS)
+    names = {"Config": module.Config, "Tiles": module.Tiles}
+    exec(tune.table(tuned), names)
+    assert names["CONFIGS"] == module.CONFIGS
+    assert set(tune.CASES) == set(module.CONFIGS) and name in tune.MODULES
+
+
+def test_tiles_of_any_kernel_have_neighbours_that_may_be(bench):
+    near = bench.bench_tune.neighbours
+    tiles = flash_sm90.Tiles(128, 128, 2, 1)
+    assert near(tiles, "keys") == [dataclasses.replace(tiles, keys=64)]  # 256 is refused
+    assert near(tiles, "value_stages") == [dataclasses.replace(tiles, value_stages=2)]
+
+
+def test_the_kernel_that_is_tuned_is_of_this_gpus_generation(bench, monkeypatch):
+    tune = bench.bench_tune
+    monkeypatch.setattr(tune.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(tune, "dtype", lambda: jnp.dtype("bfloat16"))
+    for capability, name in (("9.0", "flash_sm90"), ("10.0", "flash_sm100"), ("8.9", "flash")):
+        monkeypatch.setattr(tune, "capability", lambda _, c=capability: c)
+        assert tune.module_for(None) == name and tune.module_for("flash") == "flash"
+    with pytest.raises(ValueError, match="--kernel is .flash_sm90.; tiles on this GPU are of fl"):
+        tune.module_for("flash_sm90")
 
 
 def test_the_reference_of_the_head_is_that_of_all_rows_at_once(bench):
@@ -224,7 +244,7 @@ def test_tuning_one_head_dim(bench, monkeypatch):
     monkeypatch.setattr(tune, "_STEPS", {"queries": (16,), "keys": (32, 64), "num_stages": (1, 2)})
     monkeypatch.setitem(flash.CONFIGS, 16, Config(tiles, tiles, tiles, interpret=True))
     said = []
-    (tuned,) = tune.tune(["micro"], time.monotonic() + 60, said.append)
+    (tuned,) = tune.tune("flash", ["micro"], time.monotonic() + 60, said.append)
     assert tuned.head_dim == 16 and set(tuned.milliseconds) == set(tune.KERNELS)
     assert all(best <= first for first, best in tuned.milliseconds.values())
     assert len(said) == 3  # nothing failed
@@ -238,7 +258,9 @@ def test_tiles_that_do_not_run_or_are_wrong_are_not_the_best(bench, monkeypatch)
     operands = bench.bench_attention.rows_operands(bench.bench_attention.ROWS_CASES["micro"])
     truth, said = bench.bench_attention.rows_truth(operands), []
     config = Config(tiles, tiles, tiles, interpret=True)
-    seconds = lambda: tune._seconds(operands, truth, config, "forward", {}, said.append, tiles)
+    seconds = lambda: tune._seconds(
+        "flash", operands, truth, config, "forward", {}, said.append, tiles
+    )
     assert seconds() < math.inf
     truth[0][-1]["out"] = 1.1 * truth[0][-1]["out"]
     assert seconds() == math.inf and "wrong, off by" in said[-1]
