@@ -48,6 +48,12 @@ def _settled(what: str):
     assert not _ME.dirty, f"{what}, but writes to shared memory were not committed"
 
 
+def _product(a, b):
+    """In pieces so small that BLAS keeps them to this thread: others would only get in its way."""
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    return np.concatenate([a[i : i + 16] @ b for i in range(0, len(a), 16)])
+
+
 def _same(a, b) -> bool:
     return a.tobytes() == b.tobytes()  # NaN or not
 
@@ -118,7 +124,13 @@ class Ref:
         self.base[self._inside()[0]] = _poison(self.dtype)
 
     def meets(self, other) -> bool:
-        return np.shares_memory(self.base[self._inside()[0]], other.base[other._inside()[0]])
+        """Of two in tensor memory, whose lanes are all taken: whether they share a column."""
+        (a, a_end), (b, b_end) = self._bytes(), other._bytes()
+        return np.may_share_memory(self.base, other.base) and a < b_end and b < a_end
+
+    def _bytes(self):
+        first, size = self.window[-1]
+        return first * self.dtype.itemsize, (first + size) * self.dtype.itemsize
 
 
 class _At:
@@ -267,8 +279,7 @@ class _Product:
         for ref, value in zip((self.a, self.b), self.operands):
             assert _same(ref.read(), value), "an operand changed before its product was made"
         self.queue.remove(self)
-        a, b = (np.asarray(x, np.float32) for x in self.operands)
-        self.sum = a @ b + (0 if self.sum is None else self.sum)
+        self.sum = _product(*self.operands) + (0 if self.sum is None else self.sum)
         again = [p for p in self.queue if p.into.window == self.into.window]
         again = [p for p in again if p.into.base is self.into.base]
         for product in again:
@@ -379,8 +390,7 @@ class Gpu:
                 _ME.leaving.pop(0)()
 
     def wgmma(self, into, a, b):
-        a, b = (np.asarray(x.read() if isinstance(x, Ref) else x, np.float32) for x in (a, b))
-        into.base[...] += a @ b
+        into.base[...] += _product(*(x.read() if isinstance(x, Ref) else x for x in (a, b)))
 
     def mma(self, into, a, b, barrier=None, *, accumulate):
         _settled("a product begins")

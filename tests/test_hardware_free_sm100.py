@@ -29,11 +29,12 @@ SMALL = dataclasses.replace(CONFIGS[64], forward=Tiles(256, 64, 2, 3), programs=
 slow_but = lambda *quick: [
     case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES
 ]
+QUICK = slow_but(*(case for case in CASES if case != "offset"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK)
 def test_the_forward_schedule_gives_the_reference(case):
-    check_forward(flash_sm100, case, (2, 1), 64, SMALL)
+    check_forward(flash_sm100, case, (4, 2), 64, SMALL)
 
 
 @pytest.mark.parametrize("head_dim", [80, 128, 256])
@@ -44,7 +45,7 @@ def test_the_forward_schedules_of_larger_heads_give_the_reference(case, head_dim
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["added", "ordered"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK)
 def test_the_backward_schedules_give_the_reference(case, ordered):
     config = dataclasses.replace(CONFIGS[64], ordered=ordered)
     check_gradients(flash_sm100, case, (4, 2), 64, config)
