@@ -126,7 +126,7 @@ def _collective(line: str, result: str, kind: str, started: bool, everyone: int)
     group = _group_size(line) or everyone
     if kind == "all-gather" and started:  # the operand is part of the result's tuple
         size = size * group // (group + 1)
-    elif kind == "collective-permute" and started:
+    elif kind in ("collective-permute", "all-to-all") and started:
         size //= 2
     elif kind == "reduce-scatter":
         size = size * group // (group + 1) if started else size * group

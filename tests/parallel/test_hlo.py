@@ -49,6 +49,9 @@ LINES = {
         Collective("reduce-scatter", 4 * 2048 * 6, 4, 1),
     "%p = (bf16[8,128]{1,0}, bf16[8,128]{1,0}) collective-permute-start(%x), "
     "source_target_pairs={{0,1},{1,0}}": Collective("collective-permute", 2 * 8 * 128, 2, 1),
+    "%t = ((bf16[512,256]{1,0}), bf16[512,256]{1,0}) all-to-all-start(%x), "
+    "replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}":
+        Collective("all-to-all", 2 * 512 * 256, 8, 1),
     "%c = f32[4352]{0} all-reduce-start(%w), replica_groups=mesh['a'=2,'b'=8] {'a','b':(2)4}":
         Collective("all-reduce", 4 * 4352, 8, 1),
     "%d = f32[64]{0} all-reduce(%w), replica_groups=mesh['a'=1,'b'=4,'c'=8], "
