@@ -129,7 +129,6 @@ def _of_keys(
         scratch |= dict(
             ds_smem=matrix(C, R, dtype=dtype),
             dq_smem=matrix(2, R, 32, dtype=jnp.float32),
-            ds_read=tensor_barriers(),
             dq_ready=tensor_barriers(),
         )
     sums = [jax.new_ref(jnp.zeros(operands.q_BTNH.shape, jnp.float32))] if add else []
@@ -149,7 +148,7 @@ def _of_keys_kernel(
     spec: Spec, add: bool, keys_smem, values_smem, q_smem, dout_smem,
     scores_tmem, slopes_tmem, dk_tmem, dv_tmem, k_ready, q_ready, q_read, dout_ready, dout_read,
     s_ready, p_ready, p_read, dp_ready, ds_ready, dp_free, all_done,
-    ds_smem=None, dq_smem=None, ds_read=None, dq_ready=None,
+    ds_smem=None, dq_smem=None, dq_ready=None,
 ):  # fmt: skip
     *sums, dk, dv = outputs
     tiles, (_, _, K, H) = spec.tiles, k.shape
@@ -224,7 +223,6 @@ def _of_keys_kernel(
                 plgpu.tcgen05_mma(dk_tmem, ds_smem, queries, accumulate=step > 0)
                 turned = ds_smem.transpose((1, 0))
                 plgpu.tcgen05_mma(other_tmem, turned, k_smem, dq_ready, accumulate=False)
-                plgpu.tcgen05_commit_arrive(ds_read)
             else:
                 accumulate(dk_tmem, other_tmem, q_smem.at[slot], step)
                 plgpu.tcgen05_commit_arrive(dp_free)
@@ -290,7 +288,7 @@ def _of_keys_kernel(
             n = h * spec.group + g
 
             def body(i, _, masked):
-                step, first_row = step_of(g, i), i * R + wg * OWN
+                first_row = i * R + wg * OWN
                 rows = pl.ds(first_row, OWN)
                 starts = (vector(x.at[b, n, rows], 1, TCGEN05) for x in (less_lse, less_delta))
                 less_lse_CR, less_delta_CR = (along(x, shape, 1, TCGEN05) for x in starts)
@@ -314,7 +312,7 @@ def _of_keys_kernel(
                 plgpu.wait_load_tmem()  # other gradients come to the same place
                 ds_CR = (p_CR * (dp_CR + less_delta_CR) * slope_CR).astype(q.dtype)
                 if add:
-                    pl.when(step > 0)(lambda: plgpu.barrier_wait(ds_read))
+                    # Whose products with the last ones were made before these `dp` began.
                     ds_smem.at[:, columns][...] = ds_CR
                     plgpu.commit_smem()
                 else:
