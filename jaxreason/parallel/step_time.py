@@ -147,33 +147,37 @@ class Exchange:
 
 def exchanges(work: Workload, layout: Layout) -> list[Exchange]:
     """All of a step; docs/collectives.md has them as XLA makes them. Those of one device, too."""
-    found = [*_weights(work, layout), *_stream(work, layout), *_of_experts(work, layout)]
+    found = [*_weights(work, layout), _rows(work, layout), *_stream(work, layout)]
+    found += _of_experts(work, layout)
     ring = _ring_volume(work, layout)
     found.append(Exchange(("context",), ring, work.num_layers * layout.microbatches, False))
     return [one for one in found if math.prod(layout.shape.get(a, 1) for a in one.axes) > 1]
 
 
 def _weights(work: Workload, layout: Layout) -> Iterator[Exchange]:
-    """A layer's matrices are gathered in both passes, once more to compute what was not kept or to
-    count the experts' load; gradients are summed and split in fp32. The head is gathered in fp32,
-    an embedding of its own rounded; their gradients are summed likewise. Between copies of the
-    weights XLA keeps the sum for the end for the tables alone."""
+    """A layer's matrices are gathered once in either pass, and once more to count the experts'
+    load; the head once; all in the activations' type. Their gradients are summed and split in fp32.
+    Between copies of the weights XLA keeps the sum for the end for the tables alone."""
     times = layout.microbatches
     for split in {w.of_experts for w in work.matrices}:
         axes = rules.mesh_axes("expert_embed" if split else "embed")
         ways = math.prod(layout.shape.get(axis, 1) for axis in axes)
-        volume = 0.0
-        for weight in (w for w in work.matrices if w.of_experts is split):
-            gathers = 2 + _counts_load(work, layout) + (not split and _again(weight, layout))
-            volume += (gathers * work.dtype_bytes + 4) * layout.share(weight) * ways
-        yield Exchange(axes, volume, times, True)
-    axes, table = rules.mesh_axes("embed"), work.head_params / layout.ways("vocab")
-    lookups = (not work.tied) + _counts_load(work, layout)
-    yield Exchange(axes, (4 + lookups * work.dtype_bytes) * table, times, True)
-    yield Exchange(axes, (4 + work.dtype_bytes) * table, times, True)
+        gathered = ways * sum(layout.share(w) for w in work.matrices if w.of_experts is split)
+        gathers = 2 + _counts_load(work, layout)
+        yield Exchange(axes, (gathers * work.dtype_bytes + 4) * gathered, times, True)
+    head = work.head_params / layout.ways("vocab")
+    yield Exchange(rules.mesh_axes("embed"), (work.dtype_bytes + 4) * head, times, True)
     for of_layers, sums in ((True, 1 if layout.sums_once else times), (False, 1)):
         copies = sum(layout.share(w) for w in work.weights if w.of_layers is of_layers)
         yield Exchange(("data",), 4 * copies, sums, True, rounds=2)
+
+
+def _rows(work: Workload, layout: Layout) -> Exchange:
+    """Of the embedding: each device looks up its columns of all tokens' rows, and they exchange
+    these; on the way back their gradients. A tensor axis does it in each of its parts."""
+    rows = work.dtype_bytes * layout.tokens(work) * work.embed_dim
+    times = layout.microbatches * (2 + _counts_load(work, layout))
+    return Exchange(rules.mesh_axes("embed"), rows, times, False)
 
 
 def _stream(work: Workload, layout: Layout) -> Iterator[Exchange]:
@@ -201,13 +205,18 @@ def _ring_volume(work: Workload, layout: Layout) -> float:
 
 def _of_experts(work: Workload, layout: Layout) -> Iterator[Exchange]:
     """Peers gather each other's tokens and scatter what their experts give; in the backward pass
-    tokens once more, and the gradients of both. To count the load, forward alone once more."""
+    tokens once more, and the gradients of both. To count the load, forward alone once more. A
+    token's choices, ids and weights in fp32, are gathered beside it, the weights' gradients
+    scattered."""
     if not work.num_experts:
         return
-    tokens = layout.ways("expert") * layout.tokens(work) * work.embed_dim * work.dtype_bytes
-    passes = 5 + 2 * _counts_load(work, layout)
-    times = layout.microbatches * work.num_layers * passes
-    yield Exchange(("expert", "tensor"), tokens, times, False)
+    tokens = layout.ways("expert") * layout.tokens(work)
+    again = _counts_load(work, layout)
+    of_token = (5 + 2 * again) * work.embed_dim * work.dtype_bytes
+    of_choice = (2 + again) * (4 + 4) + 4
+    volume = tokens * (of_token + of_choice * work.experts_per_token)
+    times = layout.microbatches * work.num_layers
+    yield Exchange(("expert", "tensor"), volume, times, False)
 
 
 def exchange_seconds(chip: Chip, layout: Layout, axes: tuple[str, ...], volume: float) -> float:
