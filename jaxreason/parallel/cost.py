@@ -146,19 +146,21 @@ def _kept_numbers(work: Workload, layout: Layout) -> float:
 
 
 def _loss_bytes(work: Workload, layout: Layout, chip: Chip) -> float:
-    """The head gathered in fp32 and rounded, its fp32 gradient, and a chunk's logits: fp32, their
-    gradient, and that turned. The TPU compiler gathers the head rounded, and fuses the rest."""
+    """The head gathered in the activations' type, its fp32 gradient, and of a chunk: the logits in
+    fp32, their gradient, and what it adds to the head's, in fp32. The TPU compiler fuses the last
+    two."""
     vocab = work.vocab_size / layout.ways("vocab")
     rows = min(layout.tokens(work), max(work.embed_dim, 64))  # of a chunk: kernels/linear_xent.py
     table = vocab * work.embed_dim
     if chip.platform == "tpu":
         return (4 + work.dtype_bytes) * table + 4 * vocab * rows
-    return (4 + 4 + work.dtype_bytes) * table + (4 + 2 * work.dtype_bytes) * vocab * rows
+    return (4 + 4 + work.dtype_bytes) * table + (4 + work.dtype_bytes) * vocab * rows
 
 
 def _layer_bytes(work: Workload, layout: Layout, chip: Chip) -> float:
-    """What a layer computes again and the gradients of it, its scores, its weights; the gradient
-    of the head waits meanwhile, whole; its share is among the gradients."""
+    """What a layer computes again and the gradients of it, its scores; its weights, gathered and
+    put in order, and their gradients; that of the head waits meanwhile, whole: it is split behind
+    the layers. Its share is among the gradients."""
     embed, heads, mlp = widths(work, layout)
     tokens, dtype = layout.tokens(work), work.dtype_bytes
     numbers = 8 * embed + 4 * heads
