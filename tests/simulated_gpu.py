@@ -31,7 +31,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxreason.kernels import reference
-from jaxreason.parallel import chips
 from jaxreason.types import AttentionMask
 
 _PATIENCE = 60  # seconds that a thread waits before it waits for ever
@@ -620,27 +619,3 @@ def check_packing(kernels, config):
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), of_second(*ours), of_second(*mixed)):
         assert np.isfinite(a.astype(np.float32)).all() and np.abs(a.astype(np.float32)).max() > 0
         assert _same(a, b), name
-
-
-# --- without simulation: for a chip that is not here ----------------------------------------------
-
-
-def compiled_gradients(kernels, chip, head_dim, group, config, length=2048, **mask) -> str:
-    """Of packed rows."""
-    place = jax.sharding.SingleDeviceSharding(chips.absent_gpus(chip)[0])
-    abstract = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    B, T, K, H = 4, length, 2, head_dim
-    q_BTNH, ids_BT = abstract(jnp.bfloat16, B, T, K * group, H), abstract(jnp.int32, B, T)
-    k_BTKH = abstract(jnp.bfloat16, B, T, K, H)
-
-    def loss(q_BTNH, k_BTKH, v_BTKH, ids_BT):
-        packed = AttentionMask(q_segments_BT=ids_BT, kv_segments_BS=ids_BT, **mask)
-        out_BTNH, _ = kernels.attention(q_BTNH, k_BTKH, v_BTKH, packed, config=config)
-        return out_BTNH.astype(jnp.float32).sum()
-
-    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q_BTNH, k_BTKH, k_BTKH, ids_BT)
-    return step.compile().as_text()
-
-
-def num_kernels(text: str) -> int:
-    return text.count('custom_call_target="mosaic_gpu')

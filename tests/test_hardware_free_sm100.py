@@ -7,20 +7,22 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from absent_gpu import compiled_gradients, num_kernels
 from simulated_gpu import (
     CASES,
     check_forward,
     check_gradients,
     check_packing,
-    compiled_gradients,
     float32,
-    num_kernels,
     qkv,
 )
 
-from jaxreason.kernels import flash_sm90, flash_sm100, mosaic_gpu, reference
+from jaxreason.kernels import flash_sm100, reference
 from jaxreason.model.config import PRESETS
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.model.execution import Execution
 from jaxreason.parallel import chips
+from jaxreason.parallel.mesh import make_mesh
 from jaxreason.types import AttentionMask
 
 CONFIGS, Tiles = flash_sm100.CONFIGS, flash_sm100.Tiles
@@ -134,14 +136,13 @@ def test_blackwell_kernels_compile_with_a_cap_and_odd_lengths():
 
 @pytest.mark.hardware_free
 @needs_cuda_plugin
-def test_devices_of_another_generation_are_refused():
-    b200, h200 = (chips.absent_gpus(name)[0] for name in ("b200", "h200"))
-    for name, kernels, right, wrong, found in [
-        ("flash_sm90", flash_sm90, h200, b200, "NVIDIA B200 has 10.0"),
-        ("flash_sm100", flash_sm100, b200, h200, "NVIDIA H200 has 9.0"),
-    ]:
-        needed = kernels.COMPUTE_CAPABILITY
-        mosaic_gpu.check_capability(name, needed, right)
-        said = f"{name} is for compute capability {needed}; {found}"
-        with pytest.raises(NotImplementedError, match=f"^{re.escape(said)}$"):
-            mosaic_gpu.check_capability(name, needed, wrong)
+def test_a_kernel_of_another_generation_is_refused_by_us():
+    """When the model is built for an absent GPU, not by its compiler."""
+    for chip, name, found in (("b200", "flash_sm90", "10.0"), ("h200", "flash_sm100", "9.0")):
+        kernels = importlib.import_module(f"jaxreason.kernels.{name}")
+        mesh = make_mesh({"fsdp": 8}, chips.absent_gpus(chip))
+        said = f"{name}: is for compute capability {kernels.COMPUTE_CAPABILITY}, not {found}"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            LanguageModel(PRESETS["qwen3-1.7b"], Execution("bfloat16", attention=name), mesh)
+        other = {"flash_sm90": "flash_sm100", "flash_sm100": "flash_sm90"}[name]
+        LanguageModel(PRESETS["qwen3-1.7b"], Execution("bfloat16", attention=other), mesh)

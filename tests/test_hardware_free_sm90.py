@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent_gpu import compiled_gradients, num_kernels
 from simulated_gpu import (
     CASES,
     check_forward,
     check_gradients,
     check_packing,
-    compiled_gradients,
     float32,
-    num_kernels,
     qkv,
 )
 

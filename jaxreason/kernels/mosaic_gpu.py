@@ -30,20 +30,6 @@ def refuse(kernel: str, mask: AttentionMask, *operands: jax.Array):
         raise NotImplementedError(f"{kernel} needs a positive scale, not {mask.scale}")
 
 
-def check_capability(kernel: str, needed: str, device: jax.Device):
-    """Raises NotImplementedError for a device of another generation, whose instructions differ.
-
-    Args:
-      needed: compute capability, "10.0"; "10.3" is of the same generation.
-      device: an NVIDIA GPU, here or absent.
-    """
-    found = device.compute_capability
-    if found.split(".")[0] != needed.split(".")[0]:
-        raise NotImplementedError(
-            f"{kernel} is for compute capability {needed}; {device.device_kind} has {found}"
-        )
-
-
 def for_head_dim(kernel: str, configs: dict, head_dim: int):
     """The config of the next head dim that there is one for.
 

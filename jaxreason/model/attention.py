@@ -42,7 +42,7 @@ class Implementation:
 
     kernel: Kernel  # whose gradients are None where parts cannot be merged
     platforms: tuple[str, ...] | None = None  # None: any
-    capability: str | None = None  # of the only GPUs whose instructions it uses
+    capability: str | None = None  # of the only generation of GPUs whose instructions it uses
     package: str | None = None  # that it needs beside our own
     max_head_dim: int | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -56,7 +56,7 @@ class Implementation:
         found = []
         if self.platforms and use.platform not in self.platforms:
             found.append(f"runs on {self.platforms[0]}, not {use.platform}")
-        elif self.capability and use.capability != self.capability:
+        elif self.capability and _generation(use.capability) != _generation(self.capability):
             found.append(f"is for compute capability {self.capability}, not {use.capability}")
         if self.package and not importlib.util.find_spec(self.package):
             found.append(f"needs the package {self.package}")
@@ -71,6 +71,11 @@ class Implementation:
         if use.parts and self.kernel.gradients is None:
             found.append("cannot merge parts of a row that is split over devices")
         return found
+
+
+def _generation(capability: str | None) -> str:
+    """10.3 has the instructions of 10.0."""
+    return (capability or "").partition(".")[0]
 
 
 def _ours(module: str, **changes) -> Kernel:
@@ -94,6 +99,7 @@ def _ours(module: str, **changes) -> Kernel:
 
 
 def _for_one_generation(module: str, capability: str) -> Implementation:
+    """`capability` is the module's COMPUTE_CAPABILITY."""
     return Implementation(
         _ours(module), _NVIDIA, capability, max_head_dim=256, dtypes=("bfloat16",),
         by_name=_NOT_RUN, ordered=_ours(module, ordered=True),

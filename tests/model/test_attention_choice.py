@@ -41,7 +41,9 @@ def test_a_kernel_that_has_not_run_on_its_chip_is_taken_by_name():
         assert choose("flash", use) == "flash"
     assert choose("splash", TPU) == "splash"
     assert choose("flash_sm90", H200) == "flash_sm90"
-    assert choose("flash_sm100", B200) == "flash_sm100"
+    for capability in ("10.0", "10.3"):
+        use = dataclasses.replace(B200, capability=capability)
+        assert choose("flash_sm100", use) == "flash_sm100"
 
 
 @pytest.mark.parametrize(
