@@ -80,9 +80,16 @@ def test_axes_that_are_given_leave_the_others_to_be_tried():
         (
             dict(attention="splash"),
             r"^--attention on b200: mesh.attention is 'splash', which cannot do this "
-            r"\(splash: runs on tpu, not cuda; cudnn: cannot keep .*\); use flash or .*blockwise",
+            r"\(splash: runs on tpu, not cuda; cudnn: cannot keep .*\); use flash, flash_sm100, blo",
         ),
-        (dict(chip="v5p", attention="flash"), r"flash: runs on gpu, not tpu.*; use splash or "),
+        (
+            dict(chip="v5p", attention="flash"),
+            r"flash: runs on gpu, not tpu.*; use splash, blockwi",
+        ),
+        (
+            dict(attention="flash_sm90"),
+            r"flash_sm90: is for compute capability 9\.0, not 10\.0.*; use flash, flash_sm100, ",
+        ),
         (
             dict(chip="v5p", hosts=2, attention="splash", fixed=(("context", 2),)),
             r"^--attention=splash cannot merge parts of a row .*devices; context may be 1$",
