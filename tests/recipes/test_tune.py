@@ -80,7 +80,7 @@ def test_axes_that_are_given_leave_the_others_to_be_tried():
         (
             dict(attention="splash"),
             r"^--attention on b200: mesh.attention is 'splash', which cannot do this "
-            r"\(splash: runs on tpu, not cuda; cudnn: cannot keep .*\); use flash, flash_sm100, blo",
+            r"\(splash: runs on tpu, not cuda; cudnn: cannot keep .*\); use flash, flash_sm100, bl",
         ),
         (
             dict(chip="v5p", attention="flash"),
