@@ -286,7 +286,9 @@ class LanguageModel:
                 attended_BTNH = self._attention(q, k, v, mask)
                 return finish_layer(c, w, x_BTD, attended_BTNH, self._experts, real_BT, self.mesh)
 
-            return self.execution.rematerialised(apply, in_parts)
+            # A mixture decides by itself what its experts keep (moe.py): a policy around it that
+            # saves all else would keep their inner rows.
+            return self.execution.rematerialised(apply, in_parts and not c.traits.experts)
 
         x_BTD, routing_L = _scan_layers(
             {sliding: layer(sliding) for sliding in set(c.sliding)},
