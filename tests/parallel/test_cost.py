@@ -71,7 +71,7 @@ def bytes_by_arithmetic(machine, cells):
     shape = {axis: int(size) for axis, size in (pair.split("=") for pair in mesh.split())}
     kept = execution(chip, remat).kept
     kept = None if kept is None else frozenset(kept)
-    layout = Layout(shape, int(microbatches), kept, *filter(None, [attention]))
+    layout = Layout(shape, int(microbatches), kept, "flash" if attention else "blockwise")
     work = workload_of(preset(model), tokens // tune_tables.SEQUENCE, tune_tables.SEQUENCE)
     return sum(cost.memory_bytes(work, layout, chips.CHIPS[chip]).values())
 
