@@ -97,6 +97,14 @@ class TrainState:
 
 
 @pytree_dataclass()
+class Frozen:
+    """Parameters that a train step reads and leaves as they are: sharded, never donated."""
+
+    base: Params | None = None  # that LoRA adapters are added to
+    other: Params | None = None  # a teacher's or a reference's: what the objective compares with
+
+
+@pytree_dataclass()
 class Loss:
     """What an objective returns for one microbatch.
 

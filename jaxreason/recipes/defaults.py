@@ -13,7 +13,7 @@ from jaxreason.data.sources import SourceConfig
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.lora import LoraConfig
 from jaxreason.model.rope import RopeScaling
-from jaxreason.objectives.advantage import Advantage
+from jaxreason.objectives.advantage import Advantage, TeacherAdvantage
 from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.parallel.mesh import AXES
 from jaxreason.train.optim import OptimizerConfig
@@ -174,6 +174,9 @@ def rl_config() -> dict:
             "algorithm": "grpo",  # a preset of objectives/policy.py; switches set below override it
             "policy": switches(PolicyGradient, "temperature", "max_length"),
             "advantage": switches(Advantage),
+            # A checkpoint, as init.from, with this run's tokens; what it says of each sampled
+            # token is added to the advantages (algorithm opd: is all that is learnt).
+            "teacher": {"from": "", **switches(TeacherAdvantage)},
             "entropy_coef": 0.0,
             "entropy_target": config_dict.placeholder(float),  # nats a token: adaptive entropy
             "updates": 4,  # a rollout is split into so many

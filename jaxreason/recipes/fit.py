@@ -20,6 +20,7 @@ from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.fit import Fit, FitConfig, fit, whole_state
 from jaxreason.train.step import make_train_step
+from jaxreason.types import Frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +115,12 @@ def run_stage(run: Run, stage: Stage) -> None:
             trace_dir=str(workdir.path / "profile" / stage.name),
         )
         key = assemble.stage_key(config.seed, stage.name)
-        base = None
+        frozen = None
         if stage.lora:
-            base = lora.frozen_base(workdir, stage.name, stage.start, run.model)
+            frozen = Frozen(base=lora.frozen_base(workdir, stage.name, stage.start, run.model))
         load = lambda: weights.load(stage.start, model, workdir.checkpoints)
         first = (lambda: None) if stage.lora else load
-        _, tokens = fit(job, key, first, base)
+        _, tokens = fit(job, key, first, frozen)
     stats = batches.stats(whole_state(batches))
     batches.close()
 

@@ -298,6 +298,24 @@ def encode_prompt(
     return [token for part in parts for token in tokenizer.encode(part)]
 
 
+def encode_to_answer(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    reasoning: str,
+) -> list[int]:
+    """Ids of the prompt and of a whole reasoning: what a sampler draws next is the answer to it.
+
+    Raises ValueError where the template leaves the reasoning out.
+    """
+    mark = "ANSWER"
+    text = template.render_completion(Message("assistant", mark, reasoning=reasoning))
+    before = text.rpartition(mark)[0]
+    if reasoning.strip() not in before:
+        raise ValueError(f"chat template {template.name} leaves out a message's reasoning")
+    return [*encode_prompt(tokenizer, template, messages), *tokenizer.encode(before)]
+
+
 def encode_conversation(
     tokenizer: Tokenizer,
     template: ChatTemplate,

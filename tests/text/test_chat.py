@@ -87,6 +87,20 @@ def test_training_ids_are_the_prompt_then_the_completion(messages, name, qwen3):
             assert weights[len(prompt)] == 1
 
 
+@TEMPLATES
+def test_an_answer_is_asked_for_right_after_a_whole_reasoning(name):
+    """Every word of a prefix of the thinking, its end, and nothing of the answer."""
+    tokenizer = ByteTokenizer()
+    template = chat.template_for(name, tokenizer)
+    user, thought = Message("user", "20 * 1?"), "two tens\nANSWER: 20"
+    asked = chat.encode_to_answer(tokenizer, template, [user], thought)
+    whole, _ = chat.encode_conversation(
+        tokenizer, template, [user, Message("assistant", "20", reasoning=thought)]
+    )
+    rest = tokenizer.encode("20" + template.eos)
+    assert asked + rest == whole[: len(asked) + len(rest)].tolist()
+
+
 @CASES
 @TEMPLATES
 def test_only_completions_are_learnt_and_all_of_them_with_their_end(messages, name, qwen3):
