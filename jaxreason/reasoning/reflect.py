@@ -220,7 +220,7 @@ class Summary:
     mean_tokens_correct: float | None
     mean_tokens_wrong: float | None
     token_efficiency: float | None  # accuracy over mean tokens
-    truncated: float
+    truncated: float | None  # share of those of which it is known
     mean_steps: float
     reflection_ratio: dict[str, float]  # pool -> share of traces with at least one of its words
     reflections: dict[str, float]  # pool -> words a trace
@@ -266,7 +266,7 @@ def summarize(
         mean_tokens_correct=_mean([trace.num_tokens for trace in graded if trace.correct]),
         mean_tokens_wrong=_mean([trace.num_tokens for trace in graded if not trace.correct]),
         token_efficiency=None if accuracy is None else accuracy / max(tokens, 1.0),
-        truncated=_mean([trace.truncated for trace in traces]),
+        truncated=_mean([t.truncated for t in traces if t.truncated is not None]),
         mean_steps=_mean([reading.num_steps for reading in readings]),
         **_reflection(pairs),
         mean_computations=computations / len(traces),

@@ -15,7 +15,7 @@ class Trace:
     text: str
     num_tokens: int
     correct: bool | None = None  # None: not graded
-    truncated: bool = False  # the token limit cut it off
+    truncated: bool | None = None  # whether the token limit cut it off; None: not known
     domain: str = ""
     num_operations: int | None = None  # of an arithmetic expression
 

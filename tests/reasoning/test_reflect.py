@@ -162,7 +162,7 @@ def test_a_summary_by_hand():
     assert summary.mean_tokens == 140 / 6
     assert summary.mean_tokens_correct == 28 / 3 and summary.mean_tokens_wrong == 6
     assert summary.token_efficiency == pytest.approx(0.75 / (140 / 6))
-    assert summary.truncated == 1 / 6
+    assert summary.truncated == 1.0  # of one it is known
     assert summary.reflection_ratio == {"paper": 1 / 6, "wide": 2 / 6}
     assert summary.reflective_steps == {"paper": 1 / 10, "wide": 2 / 10}
     assert summary.accuracy_reflective == {"paper": 1.0, "wide": 1.0}
