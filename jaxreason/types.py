@@ -101,7 +101,8 @@ class Frozen:
     """Parameters that a train step reads and leaves as they are: sharded, never donated."""
 
     base: Params | None = None  # that LoRA adapters are added to
-    other: Params | None = None  # a teacher's or a reference's: what the objective compares with
+    # What an objective compares with: `teacher`, `reference`.
+    read: dict[str, Params] = dataclasses.field(default_factory=dict)
 
 
 @pytree_dataclass()

@@ -20,7 +20,7 @@ class LanguageModeling:
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {"nll": batch.weights_BT.sum(), "balance": (batch.segments_BT != 0).sum()}
 
-    def loss(self, model, params: Params, frozen: Params | None, batch: Batch) -> Loss:
+    def loss(self, model, params: Params, frozen: dict[str, Params], batch: Batch) -> Loss:
         h_BTD, balance = model.hidden_and_balance(
             params, batch.tokens_BT, batch.segments_BT, batch.positions_BT
         )

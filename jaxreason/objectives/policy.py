@@ -115,7 +115,7 @@ class PolicyGradient:
             totals["value"] = tokens
         return {**totals, "balance": (batch.segments_BT != 0).sum()}
 
-    def loss(self, model, params: Params, frozen: Params | None, batch: PolicyBatch) -> Loss:
+    def loss(self, model, params: Params, frozen: dict[str, Params], batch: PolicyBatch) -> Loss:
         mask_BT, A_BT = batch.weights_BT, batch.advantages_BT
         logp_BT, entropy_BT, values_BT, balance = self._forward(model, params, batch)
         r_BT = self._ratios(logp_BT, batch)

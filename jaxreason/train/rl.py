@@ -132,8 +132,9 @@ def train(
     # --- state: the newest checkpoint, or a fresh one ---------------------------------------------
     done, state, host = _begin(job, key, params)
     pending = Rollout.from_json(host["pending"]) if host["pending"] else None
-    frozen = Frozen(base=kept.base and kept.base(), other=kept.teacher and kept.teacher())
-    read = {"reference": kept.reference and kept.reference(), "teacher": frozen.other}
+    made = {"reference": kept.reference, "teacher": kept.teacher}
+    read = {name: make() for name, make in made.items() if make is not None}
+    frozen = Frozen(base=kept.base and kept.base(), read=read)
     whole = lambda params: job.model.complete(params, frozen.base)
 
     def save(done: int, pending: Rollout | None, wait: bool) -> None:
@@ -167,7 +168,7 @@ def train(
                 job.progress.say(f"{job.stage}: step {rollout.step} skipped: {why}")
                 values = {}
             else:
-                state, values = _learn(job, state, rollout, host["entropy_applied"], frozen, read)
+                state, values = _learn(job, state, rollout, host["entropy_applied"], frozen)
                 host["tokens"] += values["num_tokens"]
                 if config.entropy_target is not None:
                     host["entropy_coef"], host["entropy_applied"] = next_entropy_coef(
@@ -271,9 +272,9 @@ def make_score(model: LanguageModel, policy: PolicyGradient, teacher: LanguageMo
         scores = {"logprobs": logprobs_BT}
         if values_BT is not None:
             scores["values"] = values_BT
-        if read["reference"] is not None:
+        if "reference" in read:
             scores["ref_logprobs"] = policy.score(model, read["reference"], batch)[0]
-        if read["teacher"] is not None:
+        if "teacher" in read:
             scores["teacher_logprobs"] = policy.score(teacher, read["teacher"], batch)[0]
         # Whole on every device: every process reads all of them.
         return {name: rules.constrain(x, model.mesh, "whole") for name, x in scores.items()}
@@ -287,14 +288,13 @@ def _learn(
     rollout: Rollout,
     entropy_coef: float,
     frozen: Frozen,
-    read: dict[str, Params | None],
 ) -> tuple[TrainState, dict[str, float]]:
     """All updates on one rollout, and the means of their metrics."""
     updates = _split(job, rollout)
     rows_U = lay_out_updates(updates, job.rows)
     place = lambda tree: hosts.to_global(job.model.mesh, tree) if job.model.mesh else tree
     whole = job.model.complete(state.params, frozen.base)
-    scores_U = [jax.device_get(job.score(whole, read, place(rows.batch))) for rows in rows_U]
+    scores_U = [jax.device_get(job.score(whole, frozen.read, place(rows.batch))) for rows in rows_U]
     batches = _policy_batches(job, updates, rows_U, scores_U, entropy_coef)
     values = mismatch(
         np.concatenate([b.old_logprobs_BT for b in batches]),

@@ -47,7 +47,7 @@ def make_train_step(
 
         def mean_loss(params, piece):
             whole = model.complete(params, frozen.base, load_LE)
-            loss = objective.loss(model, whole, frozen.other, piece)
+            loss = objective.loss(model, whole, frozen.read, piece)
             terms = {name: s / totals[name] for name, (s, _) in loss.terms.items()}
             means = jax.tree.map(lambda s: s / totals[first], loss.metrics)
             if "balance" in terms:
