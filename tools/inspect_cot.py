@@ -24,7 +24,7 @@ import rich.progress
 import rich.table
 
 from jaxreason.reasoning import reflect, segment
-from jaxreason.recipes.traces import Found, read_traces
+from jaxreason.recipes.read_traces import Found, read_traces
 from jaxreason.report import plots
 from jaxreason.report.summary import write_whole
 from jaxreason.text.tokenizer import load_tokenizer

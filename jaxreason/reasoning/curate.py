@@ -201,14 +201,14 @@ def diversity(traces: Sequence[Trace], config: Diversity, chosen: Sequence[int] 
         set(range(len(traces))) - set(chosen), key=lambda i: (-traces[i].num_tokens, i)
     ):
         pools[traces[i].domain].append(i)
-    pools = dict(sorted(pools.items()))  # the draw depends on the names, not on the records' order
+    pools = dict(sorted(pools.items()))  # a draw depends on the names, not on the records' order
     kept = list(chosen)
     while len(kept) < config.num:
         pool = pools[_draw_domain(pools, config, len(kept), rng)]
         ranks = range(min(len(pool), _MAX_RANK))
         kept.append(pool.pop(rng.choices(ranks, [2.0**-rank for rank in ranks])[0]))
         pools = {domain: left for domain, left in pools.items() if left}
-    dropped = dict.fromkeys((i for i in range(len(traces)) if i not in set(kept)), NOT_DRAWN)
+    dropped = dict.fromkeys(sorted(set(range(len(traces))) - set(kept)), NOT_DRAWN)
     return Selection(tuple(kept), dropped)
 
 
@@ -244,24 +244,20 @@ def s1k(
     """
     good = quality(traces, faults)
     set_aside = {i for i in good.kept if trusted(traces[i])}
+    tried = {
+        model: [answer and i not in set_aside for i, answer in enumerate(answers)]
+        for model, answers in solved.items()
+    }
+    easy = difficulty(len(traces), tried).dropped
 
     def hard(numbers: list[int]) -> Selection:
-        left = {
-            model: [answers[i] and i not in set_aside for i in numbers]
-            for model, answers in _checked(solved, len(traces)).items()
-        }
-        return difficulty(len(numbers), left)
+        return _selection(len(numbers), {at: easy[i] for at, i in enumerate(numbers) if i in easy})
 
     def diverse(numbers: list[int]) -> Selection:
         chosen = [at for at, i in enumerate(numbers) if i in set_aside]
         return diversity([traces[i] for i in numbers], config, chosen)
 
     return _after(_after(good, hard), diverse)
-
-
-def _checked(solved: Mapping[str, Sequence[bool]], num: int) -> Mapping[str, Sequence[bool]]:
-    difficulty(num, solved)  # raises where the lengths differ
-    return solved
 
 
 # ----------------------------------------------------------------- contamination and duplicates

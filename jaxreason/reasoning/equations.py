@@ -14,11 +14,11 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _MAX_DIGITS = 50  # longer numbers are a sampler that prints digits without end
-_MAX_TOKENS = 200  # of one side
+_MAX_TOKENS = 200  # of one side; a loop of a model can open brackets without end
 _TOKEN = re.compile(
     r"(?P<space>(?:\s|\\[,;! ]|\\(?:left|right)\b|~)+)"
     r"|(?P<fraction>\\[dt]?frac\{\s*\d+\s*\}\{\s*\d+\s*\})"
-    r"|(?P<number>(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?![\d.]*\d))"
+    r"|(?P<number>(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d++)(?!\.?\d|,\d{3}(?!\d)))"
     r"|(?P<op>[-+*/×÷·−]|\\(?:times|cdot|div)\b|(?<=\d )x(?= \d))"
     r"|(?P<open>\()|(?P<close>\))|(?P<equals>=)"
     r"|(?P<other>\\?[A-Za-z]+|\d[\d.,]*|\\.|.)"
@@ -101,6 +101,7 @@ def _sides(run: list[_Token], before: _Token, after: _Token) -> list[_Side | Non
             parts[-1].append(token)
     if len(parts) == 1:
         return []
+    parts = [part if len(part) <= _MAX_TOKENS else [] for part in parts]
     parts[0] = _without_lead(parts[0], before)
     parts[-1] = _without_rest(parts[-1], after)
     return [_read(part) for part in parts]
@@ -149,7 +150,7 @@ def _balance(part: Sequence[_Token]) -> int:
 
 def _read(part: list[_Token]) -> _Side | None:
     """The value of an expression by precedence, iteratively; None where it is none."""
-    if not part or len(part) > _MAX_TOKENS or any(len(t.text) > _MAX_DIGITS for t in part):
+    if not part or any(len(t.text) > _MAX_DIGITS for t in part):
         return None
     values: list[Fraction] = []
     pending: list[str] = []  # operators and open parentheses

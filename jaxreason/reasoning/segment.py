@@ -45,6 +45,7 @@ _PUNCTUATION = re.compile(
     r"|[。！？][”’」』）]*)"
 )
 _ENDED = re.compile(r"[.!?…。！？][\"'”’)\]*_」』）\s]*+$")
+_RELATION = re.compile(r"[^\S\n]*(?:=|≈|≤|≥|⇒|\\(?:approx|leq?|geq?|Rightarrow|implies)\b)")
 _ITEM = re.compile(r"[^\S\n]*(?:[-*+•#>] ?|#+ |\(?\w{1,3}[.)] |\*\*|\||```)")
 _NUMBERING = re.compile(
     r"[\s*_#>(-]{0,12}(?:(?:step|case|part|claim|row|question) )?(?:\d{1,3}|[a-z]|[ivx]{1,4})",
@@ -165,9 +166,10 @@ def _lines(trace: str, config: Segmentation) -> Iterator[int]:
 
 
 def _paragraphs(trace: str, config: Segmentation) -> Iterator[int]:
-    """After blank lines; what ends in a colon says that it goes on."""
+    """After blank lines; what ends in a colon goes on, and so does a chain of equations."""
     for match in _BREAK.finditer(trace):
-        if match[0].count("\n") > 1 and not trace.endswith(":", 0, match.start()):
+        goes_on = trace.endswith(":", 0, match.start()) or _RELATION.match(trace, match.end())
+        if match[0].count("\n") > 1 and not goes_on:
             yield match.end()
 
 

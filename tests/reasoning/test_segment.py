@@ -51,9 +51,12 @@ def test_white_space_belongs_to_the_step_before():
     assert segment("a\r\n\r\nb", PARAGRAPHS) == ["a\r\n\r\n", "b"]
 
 
-def test_paragraphs_go_on_after_a_colon():
+def test_paragraphs_that_go_on():
     text = "I use the formula:\n\nt = d / v\n\nSo t = 2."
     assert cut(text, PARAGRAPHS) == ["I use the formula:\n\nt = d / v", "So t = 2."]
+    chain = "s = s(1) + 2\n\n= 1 + 2\n\n  ≈ 3"
+    assert cut(chain + "\n\nDone", PARAGRAPHS) == [chain, "Done"]
+    assert len(cut(chain, LINES)) == 3
 
 
 @pytest.mark.parametrize(

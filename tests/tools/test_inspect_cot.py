@@ -9,7 +9,7 @@ import pytest
 
 from jaxreason.data.arithmetic import ArithmeticConfig, records
 from jaxreason.reasoning.reflect import summarize
-from jaxreason.recipes.traces import read_traces
+from jaxreason.recipes.read_traces import read_traces
 from jaxreason.text.tokenizer import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
