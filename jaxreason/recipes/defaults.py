@@ -14,7 +14,9 @@ from jaxreason.model.config import DecoderConfig
 from jaxreason.model.lora import LoraConfig
 from jaxreason.model.rope import RopeScaling
 from jaxreason.objectives.advantage import Advantage, TeacherAdvantage
+from jaxreason.objectives.distill import TopKDistillation
 from jaxreason.objectives.policy import PolicyGradient
+from jaxreason.objectives.preference import Preference
 from jaxreason.parallel.mesh import AXES
 from jaxreason.train.optim import OptimizerConfig
 from jaxreason.types import Sampling
@@ -128,7 +130,14 @@ def stage_config() -> dict:
         },
         "train": {
             "steps": 100,
+            # lm | distill | distill_topk | a preference: dpo, ipo, orpo, simpo, pruning
+            "objective": "lm",
             "z_loss": 0.0,
+            "distill": {f.name: _value(f) for f in dataclasses.fields(TopKDistillation)},
+            "preference": switches(Preference, "loss_type"),  # over those of the objective
+            # A checkpoint, as init.from, with this run's tokens: of distill the teacher, of dpo and
+            # ipo the reference ("": where the stage starts from).
+            "teacher": {"from": ""},
             "lora": dataclasses.asdict(LoraConfig()),  # rank 0: the weights themselves
             "optimizer": dataclasses.asdict(OptimizerConfig()),
         },
@@ -137,11 +146,6 @@ def stage_config() -> dict:
 
 def rl_config() -> dict:
     """The keys of a stage of reinforcement learning, as `stage_config` for training on data."""
-    switches = lambda cls, *own: {
-        field.name: config_dict.placeholder(_plain_type(field.type))
-        for field in dataclasses.fields(cls)
-        if field.name not in own
-    }
     return {
         "kind": "rl",
         "init": {"from": "random"},
@@ -238,6 +242,21 @@ def generate_config() -> dict:
 def reward(kind: str, weight: float = 1.0, **options) -> dict:
     """An entry of `rewards`: a kind of rewards/mix.py or the user's own `module:function`."""
     return {"kind": kind, "weight": weight, "options": options}
+
+
+def switches(cls: type, *own: str) -> dict:
+    """The fields of a dataclass but `own`, not set: its presets say what they are."""
+    return {
+        field.name: config_dict.placeholder(_plain_type(field.type))
+        for field in dataclasses.fields(cls)
+        if field.name not in own
+    }
+
+
+def _value(field: dataclasses.Field):
+    """A default as a key has it: None of a number stands for one that is not set."""
+    unset = field.default is None
+    return config_dict.placeholder(_plain_type(field.type)) if unset else field.default
 
 
 def _plain_type(annotation) -> type:

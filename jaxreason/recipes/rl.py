@@ -58,6 +58,12 @@ class RLStage:
     teacher: checkpoints.Checkpoint | None
 
     @property
+    def starts(self) -> dict[str, checkpoints.Checkpoint]:
+        """The checkpoints that must be there before, by the keys that name them."""
+        taught = {"train.teacher.from": self.teacher} if self.teacher else {}
+        return {"init.from": self.start} | taught
+
+    @property
     def steps(self) -> int:
         return self.loop.steps
 
