@@ -175,6 +175,8 @@ def pair(prompt: Any, chosen: Any, rejected: Any, needs_thinking: bool) -> PairE
     num_prompt = len(list(shared))
     if not num_prompt or min(map(len, sides)) == num_prompt:
         raise TraceFault("chosen and rejected are not two answers to one prompt")
+    if any(side[num_prompt].role != "assistant" for side in sides):
+        raise TraceFault("chosen and rejected do not part at an assistant's turn")
     if any(side[-1].role != "assistant" for side in sides):
         raise TraceFault("chosen or rejected does not end with the assistant's turn")
     return PairExample(*sides, num_prompt)
