@@ -32,6 +32,7 @@ setup(
         # data: neither needs TensorFlow; both bring array_record
         "grain",
         "tensorflow-datasets",
+        "pyarrow",  # Parquet; tensorflow-datasets brings it too
         # text and Hugging Face files
         "sentencepiece",
         "tokenizers",

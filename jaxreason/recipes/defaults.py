@@ -124,8 +124,12 @@ def stage_config() -> dict:
             "length": 256,
             "packing": "first_fit",
             "examples_per_batch": config_dict.placeholder(int),
-            "truncation": "error",
+            "truncation": "error",  # of a document too long: error | keep_start | drop (counted)
+            "max_tokens": config_dict.placeholder(int),  # of a document; None: data.length
             "train_roles": ("assistant",),
+            "reasoning_weight": 1.0,  # of its tokens in the loss, both think tags among them
+            "answer_weight": 1.0,  # ... the end of the turn among them
+            "teacher": "",  # a folder, or @NAME in the run's data, of stores of top-k logits
             "shuffle": True,
         },
         "train": {

@@ -147,6 +147,8 @@ def run_stage(run: Run, stage: Stage) -> None:
             "seconds": round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0),
             "examples": stats.examples,
             "quarantined": stats.quarantined,
+            "filtered": stats.filtered,
+            "dropped": stats.dropped,
             "fill": round(stats.fill, 4),
         }
 
