@@ -61,7 +61,7 @@ class StepByStep:
         balance = (batch.segments_BT != 0).sum()
         return {"tokens": batch.weights_BT.sum(), **tasks, "balance": balance}
 
-    def loss(self, model, params: Params, frozen: Params | None, batch: TaskBatch) -> Loss:
+    def loss(self, model, params: Params, frozen: dict[str, Params], batch: TaskBatch) -> Loss:
         h_BTD, balance = model.hidden_and_balance(
             params, batch.tokens_BT, batch.segments_BT, batch.positions_BT
         )

@@ -134,9 +134,11 @@ def stage_config() -> dict:
         },
         "train": {
             "steps": 100,
-            # lm | distill | distill_topk | a preference: dpo, ipo, orpo, simpo, pruning
+            # lm | step_by_step (two tasks) | distill | distill_topk (from data.teacher) |
+            # dpo | ipo | orpo | simpo | pruning (DPO with an SFT term)
             "objective": "lm",
             "z_loss": 0.0,
+            "alpha": 0.5,  # step_by_step: of the labels' loss; 1 - alpha of the rationales'
             "distill": {f.name: _value(f) for f in dataclasses.fields(TopKDistillation)},
             "preference": switches(Preference, "loss_type"),  # over those of the objective
             # A checkpoint, as init.from, with this run's tokens: of distill the teacher, of dpo and

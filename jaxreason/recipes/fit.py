@@ -68,6 +68,7 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
     )
     start = checkpoints.parse(section.init["from"])
     adapters, objective = lora.plan(section, start), objectives.plan(section.train, start)
+    objectives.check_data(objective, data)
     return Stage(name, section, data, optimizer, fit_config, start, adapters, objective)
 
 

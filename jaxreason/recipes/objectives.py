@@ -5,15 +5,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxreason.data.pipeline import DataConfig
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.objectives.distill import Distillation, DistillConfig, TopKDistillation
-from jaxreason.objectives.lm import LanguageModeling
+from jaxreason.objectives.lm import LanguageModeling, StepByStep
 from jaxreason.objectives.preference import PRESETS, Preference
 from jaxreason.recipes import teacher
 from jaxreason.recipes.checkpoints import Checkpoint
 
 _DISTILL = {"distill": Distillation, "distill_topk": TopKDistillation}
-NAMES = ("lm", *_DISTILL, *PRESETS)
+_TEXT = {"lm": LanguageModeling, "step_by_step": StepByStep}
+NAMES = (*_TEXT, *_DISTILL, *PRESETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Plan:
 
     def build(self, taught_by: LanguageModel | None):
         """The objective. `taught_by` is the teacher's model where it reads one."""
-        if self.name == "lm":
-            return LanguageModeling(**self.fields)
+        if self.name in _TEXT:
+            return _TEXT[self.name](**self.fields)
         if self.pairs:
             return Preference(**self.fields)
         own = {"teacher": taught_by} if self.reads == "teacher" else {}
@@ -51,8 +53,11 @@ def plan(training: ConfigDict, start: Checkpoint) -> Plan:
         raise ValueError(f"train.objective is {name!r}; it must be one of {', '.join(NAMES)}")
     _check_read(training, name)
     other = teacher.parse(training.teacher["from"])
-    if name == "lm":
-        return Plan(name, {"z_loss": training.z_loss})
+    if name in _TEXT:
+        own = {"alpha": training.alpha} if name == "step_by_step" else {}
+        fields = {"z_loss": training.z_loss, **own}
+        _TEXT[name](**fields)
+        return Plan(name, fields)
     if name in PRESETS:
         own = {key: value for key, value in training.preference.items() if value is not None}
         objective = dataclasses.replace(PRESETS[name], **own)
@@ -80,6 +85,27 @@ def plan(training: ConfigDict, start: Checkpoint) -> Plan:
     return Plan(name, fields, "teacher", other)
 
 
+def check_data(plan: Plan, data: DataConfig) -> None:
+    """Raises ValueError where the objective wants other documents than the stage's data has."""
+    for source in data.sources.values():
+        if plan.pairs != source.has_pairs:
+            said = "pairs of answers" if plan.pairs else "single answers"
+            raise ValueError(
+                f"train.objective is {plan.name}, which learns from {said}; {source.key} sets "
+                "chosen_field and rejected_field where it has pairs"
+            )
+        if (plan.name == "step_by_step") != bool(source.task):
+            raise ValueError(
+                f"train.objective is {plan.name} and {source.key}.task is {source.task!r}; "
+                "step_by_step wants label or rationale of every source, and nothing else reads it"
+            )
+    if (plan.name == "distill_topk") != bool(data.teacher):
+        raise ValueError(
+            f"train.objective is {plan.name} and data.teacher {data.teacher!r}; distill_topk reads "
+            "the stored log-probs of that folder, and nothing else does"
+        )
+
+
 def _check_read(training: ConfigDict, name: str) -> None:
     """Raises ValueError for what is set and would be ignored."""
     distilled, preferred = name in _DISTILL, name in PRESETS
@@ -92,7 +118,11 @@ def _check_read(training: ConfigDict, name: str) -> None:
     reads_other = name == "distill" or (preferred and PRESETS[name].needs_reference)
     if training.teacher["from"] and not reads_other:
         unread.append(("teacher", "from", training.teacher["from"]))
-    if training.z_loss and name != "lm":
+    if training.alpha != StepByStep.alpha and name != "step_by_step":
+        raise ValueError(
+            f"train.alpha is {training.alpha}, but train.objective is {name}; step_by_step reads it"
+        )
+    if training.z_loss and name not in _TEXT:
         raise ValueError(f"train.z_loss is {training.z_loss}, but train.objective {name} has none")
     for section, key, value in unread:
         raise ValueError(
