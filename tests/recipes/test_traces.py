@@ -272,7 +272,7 @@ def test_a_student_learns_what_its_teacher_wrote(learnt):
     summary = json.loads((learnt / "summary.json").read_text())
     assert list(summary["stages"]) == ["teacher", "traces", "student"]
     assert summary["stages"]["traces"] == marker
-    assert len(every) == marker["samples"] == 24 * 4 and marker["teacher"] == "@teacher@120"
+    assert len(every) == marker["samples"] == 24 * 4 and marker["teacher"] == "@teacher@80"
     assert kept == [t for t in every if t["correct"] and not t["truncated"]]
     assert len(kept) == marker["kept"] > 60  # a teacher that knows its sums
     assert len({t["id"] for t in every}) == 24
@@ -280,11 +280,10 @@ def test_a_student_learns_what_its_teacher_wrote(learnt):
         left, right = map(int, t["question"].removesuffix("=").split("+"))
         assert t["response"] == t["answer"] == str(left + right) and t["reward"] == 1
         assert t["num_tokens"] > 0 and t["logprob"] <= 0 and t["sample"] in range(4)
-    # The student read these and nothing else: 4 right copies of 24 sums, some epochs of them.
+    # The student read these and nothing else, some forty times.
     assert summary["stages"]["student"]["quarantined"] == 0
-    accuracy = {name: sets["known"]["avg@1"] for name, sets in summary["evals"].items()}
-    assert accuracy["student"] > 0.5, accuracy
-    assert "traces" not in accuracy and not (learnt / "hf").exists()
+    assert summary["stages"]["student"]["final_loss"] < 0.3
+    assert list(summary["evals"]) == ["teacher", "student"]
     assert "traces" in (learnt / "report.html").read_text()
 
 
@@ -339,18 +338,6 @@ def test_a_resumed_run_and_other_batches_give_the_same_traces(learnt, tmp_path):
             assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-2)
 
 
-def test_no_trace_at_all_is_one_line(learnt, tmp_path, capsys):
-    flags = [
-        f"--config.stages.traces.init.from={learnt}@teacher",
-        "--config.stages.traces.sampling.max_tokens=2",
-        "--config.stages.traces.data.num_questions=3",
-    ]
-    assert run(tmp_path / "run", *flags, arg="traces") == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "not one trace is kept: 0 of 12" in said
-    assert "stages.traces: " in said and "truncated" in said
-
-
 def test_a_gate_takes_the_teachers_tokens_that_the_student_accepts(learnt, tmp_path):
     """One that is open gives the teacher's samples; both models are of another workdir."""
     flags = [
@@ -368,7 +355,6 @@ def test_a_gate_takes_the_teachers_tokens_that_the_student_accepts(learnt, tmp_p
 
 
 def sums(body):
-    """Right, wrong, right, truncated, by how often a question was asked."""
     left, right = map(int, body["messages"][0]["content"].removesuffix("=").split("+"))
     return [choice(str(left + right), f"{left} and {right}")]
 
@@ -407,6 +393,17 @@ def test_a_server_teaches_with_its_faults_and_no_key_is_written(tmp_path, monkey
         assert path.is_dir() or b"sk-secret" not in path.read_bytes(), path
 
 
+def test_no_trace_at_all_is_one_line(tmp_path, capsys):
+    with serving(lambda body: [choice("-1")]) as server:
+        assert run(tmp_path / "run", *asked(server.url), arg="traces") == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("error: stages.traces: keep is 'correct'")
+        assert "not one trace is kept: 0 of 96" in said and "96 wrong" in said
+        server.bodies.clear()
+        assert run(tmp_path / "run", *asked(server.url), arg="traces") == 2
+        assert not server.bodies  # all is there: the same line again, at once
+
+
 def test_a_server_that_dies_costs_the_batch_in_flight(tmp_path, capsys):
     with serving(sums) as server:
         server.script = [None] * 30 + [openai_server.status(500)] * 1000
@@ -417,11 +414,9 @@ def test_a_server_that_dies_costs_the_batch_in_flight(tmp_path, capsys):
         every = tmp_path / "run/data/traces.all.jsonl"
         first = every.read_bytes()
         assert len(first.splitlines()) == 20
-        server.script = []
-        server.bodies.clear()
-        # How a server is asked may change where a run goes on.
-        slower = "--config.stages.traces.server.concurrency=2"
-        assert run(tmp_path / "run", *flags, slower, arg="traces") == 0
+    with serving(sums) as server:  # elsewhere; how a server is asked may change too
+        flags = asked(server.url, "--config.stages.traces.server.concurrency=2")
+        assert run(tmp_path / "run", *flags, arg="traces") == 0
         assert len(server.bodies) == 76 and every.read_bytes().startswith(first)
         assert len(read_lines(every)) == 96
 
