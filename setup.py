@@ -39,6 +39,7 @@ setup(
         "safetensors",
         "huggingface_hub",
         "jinja2>=3.1.6",  # older sandboxes leak
+        "requests",  # to a teacher's server; tensorflow-datasets brings it too
         # rewards: pure Python (sympy, antlr4), 7 MB
         "math-verify>=0.9",
         # what a run shows

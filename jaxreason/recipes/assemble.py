@@ -337,5 +337,9 @@ def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _first_start(config: ConfigDict) -> Checkpoint:
-    first = config if "init" in config else next(iter(config.stages.values()))
-    return checkpoints.parse(first.init["from"])
+    """Where training starts from; of stages those that train count, where there are any."""
+    if "init" in config:
+        return checkpoints.parse(config.init["from"])
+    stages = list(config.stages.values())
+    first = next((stage for stage in stages if "train" in stage), stages[0])
+    return checkpoints.parse(first.init["from"] or "random")  # "" where a server is the teacher

@@ -18,6 +18,7 @@ from jaxreason.objectives.distill import TopKDistillation
 from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.objectives.preference import Preference
 from jaxreason.parallel.mesh import AXES
+from jaxreason.rollout.remote import ServerConfig
 from jaxreason.train.optim import OptimizerConfig
 from jaxreason.types import Sampling
 
@@ -222,19 +223,41 @@ def scaling_config(**changes) -> dict:
     }
 
 
+def traces_config(**changes) -> dict:
+    """One entry of `stages`: a teacher writes, what is right is kept in data/STAGE.jsonl.
+
+    A later stage reads it by `path="@STAGE"`, with `prompt_field="question"`,
+    `reasoning_field="reasoning"`, `response_field="response"`.
+    """
+    server = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+    return {
+        "kind": "traces",
+        "init": {"from": ""},  # the teacher, as in a stage that trains; "" where a server answers
+        "template": "",  # of the teacher's chat, as chat.template; "": its own
+        "server": {**server, "url": "", "model_name": "", "extra": {}},
+        # A student that each token of the teacher's must be likely to; "": none
+        "gate": {"from": "", "threshold": 0.01},
+        "data": {
+            "sources": {},  # entries of prompts()
+            "shuffle": False,
+            "num_questions": 0,  # the first in that order; 0: all
+        },
+        "rewards": {"accuracy": reward("math")},
+        "solved_by": "accuracy",  # the reward that is 1 where a trace is correct
+        "sampling": _sampling(Sampling(max_tokens=1024, num_samples=30)),  # a question: SCoTD's 30
+        "keep": "correct",  # all | correct | first_correct | shortest_correct
+        "per_question": 0,  # kept traces; 0: 1 of first_ and shortest_correct, else no limit
+        "save_every": 64,  # questions
+        "rows": 256,  # slots of the engine
+        **changes,
+    }
+
+
 def generate_config() -> dict:
     """The keys of the recipe `generate`, beside the shared ones."""
-    sampling = Sampling(max_tokens=4096, temperature=0.6, top_p=0.95, top_k=20)
     return {
         "init": {"from": ""},
-        "sampling": {
-            **dataclasses.asdict(sampling),
-            "thinking": {
-                "max_tokens": config_dict.placeholder(int),  # thinking tokens; None: no limit
-                "wording": "s1",  # how the end is forced: s1 | qwen3 | tag
-                "waits": 0,  # ends of thinking that become "Wait"
-            },
-        },
+        "sampling": _sampling(Sampling(max_tokens=4096, temperature=0.6, top_p=0.95, top_k=20)),
         "prompt_template": "{prompt}",
         # true | false | auto: later questions follow the earlier ones where the template can say so
         "remember": "auto",
@@ -242,6 +265,17 @@ def generate_config() -> dict:
         "output": "completions.jsonl",
         "save_every": 256,  # questions
         "rows": 256,  # slots of the engine
+    }
+
+
+def _sampling(sampling: Sampling) -> dict:
+    return {
+        **dataclasses.asdict(sampling),
+        "thinking": {
+            "max_tokens": config_dict.placeholder(int),  # thinking tokens; None: no limit
+            "wording": "s1",  # how the end is forced: s1 | qwen3 | tag
+            "waits": 0,  # ends of thinking that become "Wait"
+        },
     }
 
 
@@ -347,6 +381,9 @@ def _stage_keys(stage: dict) -> dict:
         known["data"]["sources"] = lambda _: _fields(PromptSource)
     elif stage["kind"] == "scaling":
         known = scaling_config()
+    elif stage["kind"] == "traces":
+        known = traces_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(PromptSource)
     else:  # refused by name where stages are planned
         known = stage
     return known
