@@ -18,6 +18,7 @@ from jaxreason.objectives.distill import TopKDistillation
 from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.objectives.preference import Preference
 from jaxreason.parallel.mesh import AXES
+from jaxreason.reasoning.segment import Segmentation
 from jaxreason.rollout.remote import ServerConfig
 from jaxreason.train.optim import OptimizerConfig
 from jaxreason.types import Sampling
@@ -253,6 +254,35 @@ def traces_config(**changes) -> dict:
     }
 
 
+def prune_config(**changes) -> dict:
+    """One entry of `stages`: long traces are cut to what the student still answers from.
+
+    A later stage reads data/STAGE.jsonl by `path="@STAGE"`, with `prompt_field="question"`,
+    `reasoning_field="reasoning"`, `response_field="response"`; data/STAGE.pairs.jsonl, of the
+    pruned over the full traces, by `path="@STAGE.pairs"`, with `prompt_field="prompt"`,
+    `chosen_field="chosen"`, `rejected_field="rejected"`.
+    """
+    return {
+        "kind": "prune",
+        "init": {"from": ""},  # the student, which has learnt from such traces
+        "data": {
+            "sources": {},  # entries of source(): question, reasoning, answer
+            "limit": 0,  # traces, the first of the sources in order; 0: all
+        },
+        "answer_field": "",  # of a record, the gold answer; "": the trace's own
+        "rewards": {"accuracy": reward("math")},
+        "solved_by": "accuracy",  # the reward that is 1 where the student's answer is right
+        "segment": dataclasses.asdict(Segmentation()) | {"max_chars": config_dict.placeholder(int)},
+        # binary: by the student's answers | exhaustive: every prefix asked | first_correct: after
+        # the first step that names the answer | random
+        "method": "binary",
+        "max_tokens": 64,  # of an answer
+        "batch": 1024,  # traces in flight, and what a kill can lose
+        "rows": 256,  # slots of the engine
+        **changes,
+    }
+
+
 def generate_config() -> dict:
     """The keys of the recipe `generate`, beside the shared ones."""
     return {
@@ -384,6 +414,9 @@ def _stage_keys(stage: dict) -> dict:
     elif stage["kind"] == "traces":
         known = traces_config() | {"rewards": lambda _: reward("")}
         known["data"]["sources"] = lambda _: _fields(PromptSource)
+    elif stage["kind"] == "prune":
+        known = prune_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(SourceConfig)
     else:  # refused by name where stages are planned
         known = stage
     return known

@@ -19,7 +19,7 @@ from jaxreason.model import attention
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, evaluation, fit, lora, rl, scaling, traces, weights
+from jaxreason.recipes import assemble, evaluation, fit, lora, prune, rl, scaling, traces, weights
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
@@ -32,9 +32,9 @@ from jaxreason.types import Params
 
 # Kinds of a stage: modules of plan, check_data and run_stage.
 _TRAINING = {"fit": fit, "rl": rl}
-_MAKING = {"traces": traces}  # data/STAGE.jsonl, which later stages read as "@STAGE"
+_MAKING = {"traces": traces, "prune": prune}  # data/STAGE.jsonl, read later as "@STAGE"
 _RUNNING = {**_TRAINING, **_MAKING}  # mixed, each after those whose work it wants
-Stage = fit.Stage | rl.RLStage | traces.TracesStage | scaling.ScalingStage
+Stage = fit.Stage | rl.RLStage | traces.TracesStage | prune.PruneStage | scaling.ScalingStage
 
 
 def stages_of(config: ConfigDict) -> list[Stage]:
@@ -306,12 +306,13 @@ def _lacking(stage: Stage, done: list[Stage]) -> tuple[str, str, list[str]] | No
 
 
 def _data_of(stage: Stage) -> list[tuple[str, str]]:
-    """(key, STAGE) of every path "@STAGE" among the stage's sources."""
+    """(key, STAGE) of every path "@STAGE" or "@STAGE.PART" among the stage's sources."""
     sources = stage.section.get("data", {}).get("sources", {})
     found = []
     for name, source in sources.items():
         paths = [source.path] if isinstance(source.path, str) else source.path
-        found += [(f"data.sources.{name}.path", p[1:]) for p in paths if p.startswith("@")]
+        made = [path[1:].partition(".")[0] for path in paths if path.startswith("@")]
+        found += [(f"data.sources.{name}.path", stage_name) for stage_name in made]
     return found
 
 

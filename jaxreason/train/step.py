@@ -57,7 +57,8 @@ def make_train_step(
         (loss, means), grads = _accumulated(mean_loss, state.params, pieces, microbatches)
         with jax.named_scope(OPTIMIZER_SCOPE):
             state, own = updated(state, loss, grads)
-        return state, {"loss": loss, **means, **own, "num_tokens": weights[first]}
+        own["num_tokens"] = weights.get("tokens", weights[first])  # of pairs, the tokens in them
+        return state, {"loss": loss, **means, **own}
 
     def updated(state: TrainState, loss, grads):
         """(the state after an update, or as it was where something is not finite; metrics)."""

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import made_data
 import openai_server
 import pytest
 from conftest import ROOT, launch_env
@@ -16,7 +15,6 @@ from ml_collections import ConfigDict
 from openai_server import MODEL, choice, serving
 
 from jaxreason import launch
-from jaxreason.data import sources
 from jaxreason.recipes import defaults, trace_files, traces
 from jaxreason.recipes.pipeline import stages_of
 from jaxreason.recipes.trace_files import Keep, TraceFiles
@@ -39,9 +37,8 @@ def plan(**changes) -> traces.TracesStage:
 
 
 def set_the_scene(patch: pytest.MonkeyPatch) -> None:
-    """One device, as in the processes that are started here; "@STAGE" is read as data."""
+    """One device, as in the processes that are started here."""
     patch.chdir(ROOT)
-    patch.setattr(sources.JsonlSource, "__init__", made_data.read_made)
     patch.setattr("jaxreason.recipes.assemble.device_mesh", lambda mesh: None)
 
 
