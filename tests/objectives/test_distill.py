@@ -22,7 +22,7 @@ from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import make_mesh
 from jaxreason.train import state as state_lib
 from jaxreason.train.step import make_train_step
-from jaxreason.types import DistillBatch
+from jaxreason.types import DistillBatch, Frozen
 
 VALID, K = 50, 6  # tokens, of tables of 64 and 72 rows
 ROWS = [[20, 12], [32], [5, 6, 7], [30], [3, 3], [16, 16], [9], [31]]
@@ -208,7 +208,7 @@ def test_microbatches_and_eight_devices_change_nothing(rows, shape):
             places = None if mesh is None else known.shardings()
             table_VE = teacher_params()["embedding"][:rows]
             weights = {**teacher_params(), "embedding": table_VE}
-            frozen = {"teacher": jax.device_put(weights, places)}
+            frozen = Frozen(read={"teacher": jax.device_put(weights, places)})
         optimizer = optax.sgd(1.0)
         step = make_train_step(
             model, objective, optimizer, lambda s: 1e-2, microbatches=microbatches

@@ -25,7 +25,7 @@ from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import make_mesh
 from jaxreason.train import state as state_lib
 from jaxreason.train.step import make_train_step
-from jaxreason.types import Batch
+from jaxreason.types import Batch, Frozen
 
 LENGTH = 24
 CASES = {
@@ -289,7 +289,7 @@ def test_microbatches_and_eight_devices_change_nothing():
         if mesh is not None:
             reference = jax.device_put(reference, model.shardings())
         rows = batch if mesh is None else hosts.to_global(mesh, batch)
-        return step(state, rows, {"reference": reference})[1]
+        return step(state, rows, Frozen(read={"reference": reference}))[1]
 
     want = one_step(None)
     assert want["num_tokens"] == batch.weights_BT.sum() and want["grad_norm"] > 0.1
