@@ -32,12 +32,14 @@ setup(
         # data: neither needs TensorFlow; both bring array_record
         "grain",
         "tensorflow-datasets",
+        "pyarrow",  # Parquet; tensorflow-datasets brings it too
         # text and Hugging Face files
         "sentencepiece",
         "tokenizers",
         "safetensors",
         "huggingface_hub",
         "jinja2>=3.1.6",  # older sandboxes leak
+        "requests",  # to a teacher's server; tensorflow-datasets brings it too
         # rewards: pure Python (sympy, antlr4), 7 MB
         "math-verify>=0.9",
         # what a run shows

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 Params = dict[str, Any]  # a plain nested dict of arrays; see model/decoder.py for the tree
+TASKS = ("label", "rationale")  # what a document may be trained for apart from others
 
 
 def pytree_dataclass(*static: str):
@@ -44,6 +45,24 @@ class Batch:
     )  # float32, loss weight of each target; 0 on padding and on a document's last input
     segments_BT: jax.Array  # int32, 1, 2, ... for each document of the row; 0 is padding
     positions_BT: jax.Array  # int32, position inside the document
+
+
+@pytree_dataclass()
+class TaskBatch(Batch):
+    """A Batch whose documents belong to tasks, for objectives that weigh them apart."""
+
+    tasks_BT: jax.Array  # int32, 1 + the place in TASKS; 0 is padding
+
+
+@pytree_dataclass()
+class DistillBatch(Batch):
+    """A Batch with the k likeliest tokens that a teacher gave for each target, in any order.
+
+    Where the target has no weight both arrays may be 0.
+    """
+
+    teacher_ids_BTK: jax.Array  # int32, different ids of one place
+    teacher_logprobs_BTK: jax.Array  # bfloat16 or float32, at the temperature of the objective
 
 
 @pytree_dataclass()
@@ -94,6 +113,15 @@ class TrainState:
     opt: Any  # optax state
     key: jax.Array  # the stage's PRNG key; a step uses fold_in(key, step)
     nonfinite: jax.Array  # int32 scalar, consecutive steps skipped for a non-finite gradient
+
+
+@pytree_dataclass()
+class Frozen:
+    """Parameters that a train step reads and leaves as they are: sharded, never donated."""
+
+    base: Params | None = None  # that LoRA adapters are added to
+    # What an objective compares with: `teacher`, `reference`.
+    read: dict[str, Params] = dataclasses.field(default_factory=dict)
 
 
 @pytree_dataclass()

@@ -32,8 +32,15 @@ ONLY_IN = {
     "grain": ("data", "checkpoint"),
     "tensorflow_datasets": ("data", "checkpoint"),
     "array_record": ("data", "checkpoint"),
+    "pyarrow": ("data",),
 }
-LAZY = ("orbax", "grain", "tensorflow_datasets", "array_record")  # imported inside functions
+LAZY = (
+    "orbax",
+    "grain",
+    "tensorflow_datasets",
+    "array_record",
+    "pyarrow",
+)  # imported inside functions
 NEVER = ("tensorflow", "torch", "transformers", "pickle")  # in the package
 FLOOR_0 = {"numpy", "jax", "chex"} | set(sys.stdlib_module_names)
 
@@ -119,6 +126,7 @@ def test_imports_only_go_down():
         ("evals/suite.py", "from jaxreason.checkpoint.store import Store"),
         ("types.py", "import optax"),
         ("data/sources.py", "import grain"),
+        ("data/files.py", "from pyarrow import parquet"),
         ("data/sources.py", "class A:\n    from array_record.python import array_record_module"),
         ("train/step.py", "def f():\n    from orbax.checkpoint import v1"),
         ("model/attention.py", "from jax.experimental import pallas as pl"),
@@ -150,7 +158,8 @@ def test_the_core_imports_without_data_packages():
     """GPU images often lack them: model, kernels, step and rollout must not need them."""
     code = """
 import sys
-for name in ("grain", "tensorflow_datasets", "array_record", "ml_collections", "orbax"):
+for name in ("grain", "tensorflow_datasets", "array_record", "pyarrow", "ml_collections",
+             "orbax"):
     sys.modules[name] = None  # importing it raises ImportError
 import jaxreason.kernels.blockwise, jaxreason.kernels.decode, jaxreason.kernels.linear_xent
 import jaxreason.model.decoder, jaxreason.objectives.lm, jaxreason.parallel.hosts

@@ -13,9 +13,17 @@ import optax
 import pytest
 from compile_options import options_in_force
 from hf_models import CASES, make
+from jax.extend.core import jaxprs_in_params
 from safetensors.numpy import load_file, save_file
 from simulated_kernels import RUN_HERE
-from tiny_models import assert_trees_equal, mean_loss, packed_batch, tiny_model, tiny_params
+from tiny_models import (
+    VOCAB,
+    assert_trees_equal,
+    mean_loss,
+    packed_batch,
+    tiny_model,
+    tiny_params,
+)
 
 from jaxreason import launch
 from jaxreason.checkpoint import hf
@@ -25,6 +33,7 @@ from jaxreason.checkpoint.store import Store
 from jaxreason.data import pipeline
 from jaxreason.data.prompts import PromptConfig, PromptSource, PromptStream
 from jaxreason.model.execution import Execution
+from jaxreason.objectives.distill import Distillation, TopKDistillation
 from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.objectives.policy import PolicyGradient, kl
 from jaxreason.parallel import chips
@@ -40,7 +49,7 @@ from jaxreason.train import state as state_lib
 from jaxreason.train.collect import CollectConfig, Collector, Rollout
 from jaxreason.train.groups import Group, RowsConfig, lay_out_updates
 from jaxreason.train.step import make_train_step
-from jaxreason.types import Completion, PolicyBatch, Prompt, Sampling
+from jaxreason.types import Batch, Completion, DistillBatch, PolicyBatch, Prompt, Sampling
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENIZER = ByteTokenizer()
@@ -213,6 +222,46 @@ def test_fault_08_padding_does_not_change_the_loss():
         assert float(loss(tiny_params(), padded)) == pytest.approx(want, rel=1e-6)
 
 
+def distilled(kind: str, vocab: int, rows: Batch):
+    """(objective, batch): a teacher in the step, or log-probs of 4 ids that were stored."""
+    if kind == "teacher":
+        known = tiny_model(vocab_size=vocab, num_layers=1)
+        return Distillation(teacher=known, divergence="jsd", nll_coef=0.5), rows
+    ids_BTK = (rows.targets_BT[..., None] + np.arange(4, dtype=np.int32)) % vocab
+    logprobs_BTK = np.broadcast_to(np.log([0.5, 0.2, 0.1, 0.1]), ids_BTK.shape)
+    stored = dict(teacher_ids_BTK=ids_BTK, teacher_logprobs_BTK=logprobs_BTK.astype(np.float32))
+    return TopKDistillation(nll_coef=0.5), DistillBatch(**vars(rows), **stored)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "stored"])
+def test_fault_08_padding_does_not_change_distillation(kind):
+    """Nor any metric of it, nor whatever a store holds where there is nothing to learn."""
+    rows = packed_batch([[9, 7], [12]], length=16, loss_share=0.7)
+    objective, batch = distilled(kind, VOCAB, rows)
+    frozen = None
+    if kind == "teacher":
+        frozen = {"teacher": jax.jit(objective.teacher.init)(jax.random.key(1))}
+
+    @jax.jit
+    def means(batch):
+        loss = objective.loss(tiny_model(), tiny_params(), frozen, batch)
+        sums = {"loss": loss.terms["distill"][0], **loss.metrics}
+        return {name: x / objective.weights(batch)["distill"] for name, x in sums.items()}
+
+    want = means(batch)
+    assert want["kl"] > 0.01
+    for left, right in ((0, 24), (8, 0)):
+        pad = lambda x: np.pad(x, [(0, 0), (left, right)] + [(0, 0)] * (x.ndim - 2))
+        padded = jax.tree.map(pad, batch)
+        if kind == "stored":
+            junk = np.where(padded.weights_BT > 0, 0, -7)[..., None]
+            logprobs_BTK = padded.teacher_logprobs_BTK + junk.astype(np.float32)
+            padded = dataclasses.replace(padded, teacher_logprobs_BTK=logprobs_BTK)
+        for name, value in means(padded).items():
+            # The same float32 terms in another order, as above.
+            assert float(value) == pytest.approx(float(want[name]), rel=2e-6), name
+
+
 def test_fault_09_accumulation_does_not_change_the_loss():
     """8 rows of 1 to 31 target tokens as 1 x 8, 2 x 4 and 8 x 1: loss and gradient norm."""
     model = tiny_model()
@@ -249,6 +298,29 @@ def test_fault_10_the_loss_holds_no_logits():
 
     few, many = 512, 4096
     assert temp(many) - temp(few) < 8 * (many - few) * D * 4
+
+
+@pytest.mark.parametrize("kind", ["teacher", "stored"])
+def test_fault_10_distillation_holds_no_logits(kind):
+    """The whole objective with its gradients, at Qwen3's vocabulary: what has an entry's dim has at
+    most 64 rows, those of a chunk. Bytes: tests/kernels/test_linear_xent_memory.py."""
+    vocab = 151_936
+    rows = packed_batch([[200, 120]], length=320, vocab=vocab)
+    model = tiny_model(vocab_size=vocab, num_layers=1)
+    objective, batch = distilled(kind, vocab, rows)
+    frozen = {"teacher": objective.teacher.shapes} if kind == "teacher" else None
+    loss = lambda p, frozen: objective.loss(model, p, frozen, batch).terms["distill"][0]
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(model.shapes, frozen)
+    sizes = (v.aval.size for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars)
+    assert max(size // vocab for size in sizes if size % vocab == 0) == 64
+
+
+def equations(jaxpr):
+    """Those of a jaxpr and of all within it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def test_fault_11_rollouts_sample_the_distribution_that_is_trained():

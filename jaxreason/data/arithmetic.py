@@ -54,6 +54,8 @@ class ArithmeticConfig:
     seed: int = 0
     recheck_share: float = 0.3  # of the steps of `long_cot`: followed by the inverse operation
     mistake_share: float = 0.1  # of the steps of `long_cot`: first wrong, then corrected
+    review_share: float = 0.0  # of the chains of `long_cot`: all steps come again before the answer
+    max_reviews: int = 1  # ... 1 to so many times, each as likely
 
     def __post_init__(self):
         if not 1 <= self.min_operations <= self.max_operations:
@@ -78,7 +80,9 @@ class ArithmeticConfig:
                 raise ValueError(
                     f"arithmetic.{name} is {getattr(self, name)}; it must be 1 or more"
                 )
-        for name in ("recheck_share", "mistake_share"):
+        if self.max_reviews < 1:
+            raise ValueError(f"arithmetic.max_reviews is {self.max_reviews}; it must be 1 or more")
+        for name in ("recheck_share", "mistake_share", "review_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"arithmetic.{name} is {getattr(self, name)}; it must be in [0, 1]"
@@ -257,11 +261,12 @@ def short_cot(tree: Expression) -> str:
 def long_cot(tree: Expression, rng: random.Random, config: ArithmeticConfig) -> str:
     """The steps, some first wrong (then `wait` and the right step), some re-checked by the inverse.
 
-    One line each, e.g. `3*4=13`, `wait 3*4=12`, `check 12/4=3`. A re-checked last step is followed
-    by `=ANSWER`, so that the last line always ends in it.
+    One line each, e.g. `3*4=13`, `wait 3*4=12`, `check 12/4=3`. In a review every step comes once
+    more, as `again 3*4=12`: nothing after the last step is needed for the answer. Where that is not
+    the last line, `=ANSWER` follows, so that the last line always ends in it.
     """
-    lines = []
-    for op, a, b, c in _steps(tree):
+    lines, steps = [], list(_steps(tree))
+    for op, a, b, c in steps:
         wrong = rng.random() < config.mistake_share
         if wrong:
             lines.append(_step(op, a, b, c + rng.choice(_WRONG_BY)))
@@ -269,7 +274,11 @@ def long_cot(tree: Expression, rng: random.Random, config: ArithmeticConfig) -> 
         checked = rng.random() < config.recheck_share
         if checked:
             lines.append("check " + _inverse(op, a, b, c))
-    if checked:
+    reviewed = config.review_share > 0 and rng.random() < config.review_share
+    if reviewed:
+        again = ["again " + _step(*step) for step in steps]
+        lines += again * rng.randint(1, config.max_reviews)
+    if checked or reviewed:
         lines.append(f"={tree.value}")
     return "\n".join(lines)
 
@@ -358,7 +367,9 @@ def prepare_arithmetic(config: ArithmeticConfig, directory: str | os.PathLike) -
     directory = pathlib.Path(directory)
     wanted = dataclasses.asdict(config)
     if directory.exists():
-        found = json.loads((directory / "arithmetic.json").read_text())
+        # What a directory does not name had no other value when it was made.
+        fields = {f.name: f.default for f in dataclasses.fields(ArithmeticConfig)}
+        found = fields | json.loads((directory / "arithmetic.json").read_text())
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise ValueError(

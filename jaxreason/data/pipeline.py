@@ -12,9 +12,7 @@ Which host runs which shards changes nothing in the rows, their order or the sta
 import contextlib
 import copy
 import dataclasses
-import datetime
 import itertools
-import pathlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxreason.data import sources as sources_lib
+from jaxreason.data.documents import DataConfig, RecordEncoder, extras_of, open_encoders
 from jaxreason.data.packing import PACKINGS, Concat, Example, FirstFit, PerBatch, lay_out
-from jaxreason.data.sources import Source, SourceConfig
-from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Batch
 
@@ -33,156 +29,28 @@ PREFETCH = 2  # batches made ahead of the train step
 NUM_CHECKED = 10_000  # records of each source whose length is checked before training
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a batch is made of. `sources` maps a name to the fields of a SourceConfig.
-
-    Raises:
-      ValueError: a field is out of its range or does not fit another.
-    """
-
-    sources: Mapping[str, Any]
-    rows: int  # of the global batch
-    length: int  # places of a row
-    # How often each source is drawn from, relative to the others; empty: as its number of records.
-    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    num_shards: int = 1
-    packing: str = "first_fit"
-    examples_per_batch: int | None = None  # of the global batch; packing "per_batch" only
-    truncation: str = "error"  # or keep_start; nothing is too long for packing "concat"
-    train_roles: Sequence[str] = ("assistant",)
-    chat_template: str = "qwen3"  # as chat.template_for takes it
-    think_tags: chat.ThinkTags = chat.DEFAULT_TAGS
-    today: datetime.date | None = None  # the day that templates tell; None: the clock's
-    shuffle: bool = True
-    seed: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, "sources", _source_configs(self.sources))
-        self._check_shape()
-        self._check_weights()
-        for name, known in (
-            ("packing", tuple(PACKINGS)),
-            ("truncation", ("error", "keep_start")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"data.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}"
-                )
-        if (
-            self.chat_template not in chat.TEMPLATES
-            and not pathlib.Path(self.chat_template).exists()
-        ):
-            raise ValueError(
-                f"data.chat_template is {self.chat_template!r}; it must be one of "
-                f"{', '.join(chat.TEMPLATES)}, a .jinja file or a folder with one"
-            )
-        if (self.packing == "per_batch") != (self.examples_per_batch is not None):
-            raise ValueError(
-                f"data.examples_per_batch is {self.examples_per_batch} and data.packing is "
-                f"{self.packing!r}; it is set for per_batch and for nothing else"
-            )
-        if not self.train_roles or not set(self.train_roles) <= set(chat.ROLES):
-            raise ValueError(
-                f"data.train_roles is {tuple(self.train_roles)}; one or more of "
-                f"{', '.join(chat.ROLES)}"
-            )
-        if self.seed < 0:
-            raise ValueError(f"data.seed is {self.seed}; it must be 0 or more")
-
-    def _check_shape(self) -> None:
-        for name, least in (("num_shards", 1), ("rows", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"data.{name} is {getattr(self, name)}; it must be {least} or more"
-                )
-        for name in ("rows", "examples_per_batch"):
-            value = getattr(self, name)
-            if value is not None and (value < 1 or value % self.num_shards):
-                raise ValueError(
-                    f"data.{name} = {value} is not a multiple of data.num_shards = "
-                    f"{self.num_shards}"
-                )
-
-    def _check_weights(self) -> None:
-        if not self.weights:
-            return
-        if set(self.weights) != set(self.sources):
-            raise ValueError(
-                f"data.weights names {', '.join(sorted(self.weights))} and data.sources "
-                f"{', '.join(sorted(self.sources))}; they must be the same names"
-            )
-        if min(self.weights.values()) < 0 or not sum(self.weights.values()) > 0:
-            raise ValueError(f"data.weights is {dict(self.weights)}; 0 or more, and not all 0")
-
-
-def _source_configs(sources: Mapping[str, Any]) -> dict[str, SourceConfig]:
-    if not sources:
-        raise ValueError("data.sources is empty; it must name at least one source")
-    configs = {}
-    known = [field.name for field in dataclasses.fields(SourceConfig)]
-    for name, fields in sorted(sources.items()):
-        if not isinstance(fields, SourceConfig):
-            for field in fields:
-                if field not in known:
-                    raise ValueError(
-                        f"data.sources.{name}.{field} is unknown; known: {', '.join(known)}"
-                    )
-            fields = SourceConfig(**{**fields, "name": name})
-        configs[name] = fields
-    return configs
-
-
-# --------------------------------------------------------------- records to tokenized examples
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordEncoder:
-    """Record numbers of one source to ids and weights."""
-
-    config: DataConfig
-    source_config: SourceConfig
-    source: Source
-    tokenizer: Tokenizer
-    template: chat.ChatTemplate
-
-    def __call__(self, index: int) -> Example:
-        """The record as a document; a text begins and ends as the tokenizer's documents do.
-
-        Raises:
-          ValueError: it is longer than a row, and truncation is "error".
-        """
-        example = sources_lib.to_example(self.source_config, self.source[index])
-        if isinstance(example, sources_lib.TextExample):
-            ids = self.tokenizer.document_ids(example.text)
-            ids_T, weights_T = np.array(ids, np.int32), np.ones(len(ids), np.float32)
-        else:
-            ids_T, weights_T = chat.encode_conversation(
-                self.tokenizer, self.template, example.messages, self.config.train_roles
-            )
-        length = self.config.length
-        if len(ids_T) <= length or self.config.packing == "concat":
-            return Example(ids_T, weights_T)
-        if self.config.truncation == "error":
-            raise ValueError(
-                f"{self.source_config.key}: {sources_lib.place(self.source, index)} has "
-                f"{len(ids_T)} tokens and data.length is {length}; raise it or set "
-                "data.truncation to keep_start"
-            )
-        return Example(ids_T[:length], weights_T[:length])
-
-
 def check_lengths(config: DataConfig, encoders: Mapping[str, RecordEncoder]) -> None:
     """Tokenizes the first records of each source, if one that is too long would be an error.
 
     Raises:
-      ValueError: one of them is longer than a row.
+      ValueError: one of them is too long, or all are and truncation is "drop".
     """
-    if config.packing == "concat" or config.truncation != "error":
+    if config.limit is None or config.truncation == "keep_start":
         return
     for encoder in encoders.values():
-        for index in range(min(len(encoder.source), NUM_CHECKED)):
-            encoder(index)
+        made = (encoder(index) for index in range(len(encoder.source)))
+        if config.truncation == "error":
+            for _ in itertools.islice(made, NUM_CHECKED):
+                pass
+        elif all(example is None for example in made):
+            raise _all_dropped(encoder.source_config.key, len(encoder.source), config)
+
+
+def _all_dropped(key: str, number: int, config: DataConfig) -> ValueError:
+    return ValueError(
+        f"{key}: all {number} records have more than {config.limit} tokens and data.truncation is "
+        "'drop', so that none is left; raise data.max_tokens or data.length"
+    )
 
 
 # ------------------------------------------------------------------------- one logical shard
@@ -195,9 +63,15 @@ class _Mixture:
     that data.weights may change between two runs without a record being skipped or repeated.
     """
 
-    def __init__(self, datasets: Mapping[str, Any], weights: Mapping[str, float]):
+    def __init__(
+        self, config: DataConfig, datasets: Mapping[str, tuple[Any, int]], sizes: Mapping[str, int]
+    ):
+        weights = config.weights or sizes
         total = sum(weights.values())
-        self._datasets = datasets  # name -> grain.MapDataset of Example
+        self._config = config
+        self._datasets = datasets  # name -> grain.MapDataset of Example or None, size of an epoch
+        self._in_a_row = dict.fromkeys(datasets, 0)  # records without a document
+        self.dropped = 0
         self._wanted = {name: weights[name] / total for name in datasets}
         self._weights = self._wanted  # in force
         self._next = dict.fromkeys(datasets, 0)
@@ -205,11 +79,20 @@ class _Mixture:
         self._peeked: tuple[str, Example] | None = None
 
     def peek(self) -> Example | None:
-        if self._peeked is None:
+        while self._peeked is None:
             name = self._pick()
             if name is None:
                 return None
-            self._peeked = name, self._datasets[name][self._next[name]]
+            dataset, epoch = self._datasets[name]
+            example = dataset[self._next[name]]
+            if example is not None:
+                self._peeked, self._in_a_row[name] = (name, example), 0
+                continue
+            self._next[name] += 1
+            self.dropped += 1
+            self._in_a_row[name] += 1
+            if self._in_a_row[name] >= epoch:
+                raise _all_dropped(f"data.sources.{name}, a shard of it", epoch, self._config)
         return self._peeked[1]
 
     def advance(self) -> None:
@@ -223,16 +106,17 @@ class _Mixture:
         live = (
             name
             for name, weight in self._weights.items()
-            if weight > 0 and self._next[name] < len(self._datasets[name])
+            if weight > 0 and self._next[name] < len(self._datasets[name][0])
         )
         return max(live, key=lambda n: self._weights[n] * total - self._drawn[n], default=None)
 
     def get_state(self) -> dict[str, Any]:
-        return {"next": dict(self._next), "drawn": dict(self._drawn), "weights": self._weights}
+        counts = {"next": dict(self._next), "drawn": dict(self._drawn), "dropped": self.dropped}
+        return {**counts, "weights": self._weights}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._next, self._drawn = dict(state["next"]), dict(state["drawn"])
-        self._weights = state["weights"]
+        self.dropped, self._weights = state["dropped"], state["weights"]
         self._peeked = None
 
     def renew(self) -> None:
@@ -257,24 +141,25 @@ def _mixture(
             # rendering see the same records in the same order.
             seed = np.random.SeedSequence([config.seed, shard, number]).generate_state(1)
             dataset = dataset.shuffle(seed=int(seed[0]))
-        datasets[name] = dataset.repeat(num_epochs).map(encoder)
+        datasets[name] = dataset.repeat(num_epochs).map(encoder), len(dataset)
     sizes = {name: len(encoder.source) for name, encoder in encoders.items()}
-    return _Mixture(datasets, config.weights or sizes)
+    return _Mixture(config, datasets, sizes)
 
 
 class _Shard:
     """A packer, and counts of what it has given."""
 
-    def __init__(self, packer: FirstFit | Concat | PerBatch):
-        self._packer = packer
-        self._counts = np.zeros(3, np.int64)
+    def __init__(self, packer: FirstFit | Concat | PerBatch, stream: _Mixture):
+        self._packer, self._stream = packer, stream
+        self._counts = np.zeros(4, np.int64)
 
     def next_rows(self) -> Batch | None:
         rows = self._packer.next_rows()
         if rows is not None:
             filled_BT = rows.segments_BT > 0
             starts = np.count_nonzero(filled_BT & (rows.positions_BT == 0))
-            self._counts += (starts, np.count_nonzero(filled_BT), filled_BT.size)
+            self._counts[:3] += (starts, np.count_nonzero(filled_BT), filled_BT.size)
+        self._counts[3] = self._stream.dropped  # of what the packer has read, given or not
         return rows
 
     def get_state(self) -> dict[str, Any]:
@@ -289,9 +174,11 @@ class _Shard:
 class Stats:
     """What shards have given so far, resumed runs included."""
 
-    examples: int  # a document cut in pieces by packing "concat" counts once a piece
+    examples: int  # a document cut in pieces by packing "concat" counts once a piece, a pair twice
     tokens: int  # padding excluded
     quarantined: int  # malformed records left out
+    filtered: int  # traces left out because their records call them wrong or unfinished
+    dropped: int  # documents passed over for their length, once an epoch each
     fill: float  # the share of places that are not padding
 
 
@@ -301,10 +188,12 @@ class Stats:
 class Pipeline(Iterator[Batch]):
     """The batches of some logical shards, one block of rows each. Made by `build`."""
 
-    def __init__(self, shards: dict[int, _Shard], empty: Batch, quarantined: int, num_shards: int):
+    def __init__(
+        self, shards: dict[int, _Shard], empty: Batch, left_out: tuple[int, int], num_shards: int
+    ):
         self._shards, self.owned, self.num_shards = shards, tuple(shards), num_shards
         self._empty = empty  # the rows of a shard that has come to its end before others
-        self._quarantined = quarantined
+        self._left_out = left_out  # records quarantined and filtered
         self._state = self._capture()  # after the batch returned last
         self._prefetcher: _Prefetcher | None = None
 
@@ -354,8 +243,8 @@ class Pipeline(Iterator[Batch]):
         """Counts up to the batch returned last, or of all shards of a state."""
         shards = (state or self._state)["shards"].values()
         counts = np.sum([shard["counts"] for shard in shards], axis=0)
-        examples, tokens, places = (int(count) for count in counts)
-        return Stats(examples, tokens, self._quarantined, tokens / max(places, 1))
+        examples, tokens, places, dropped = (int(count) for count in counts)
+        return Stats(examples, tokens, *self._left_out, dropped, tokens / max(places, 1))
 
     def close(self) -> None:
         """Stops the thread; the next batch starts another one where this one was."""
@@ -367,8 +256,9 @@ class Pipeline(Iterator[Batch]):
 def _concatenate(blocks: Sequence[Batch]) -> Batch:
     if len(blocks) == 1:
         return blocks[0]
-    names = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(**{n: np.concatenate([getattr(block, n) for block in blocks]) for n in names})
+    kind = type(blocks[0])
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{n: np.concatenate([getattr(block, n) for block in blocks]) for n in names})
 
 
 class _Prefetcher:
@@ -415,21 +305,6 @@ class _Prefetcher:
 # ---------------------------------------------------------------------------------- assembly
 
 
-def _encoders(config: DataConfig, tokenizer: Tokenizer, data_dir) -> dict[str, RecordEncoder]:
-    """Opens the sources."""
-    template = chat.template_for(config.chat_template, tokenizer, config.think_tags, config.today)
-    encoders = {}
-    for name, source_config in config.sources.items():
-        source = sources_lib.open_source(source_config, data_dir)
-        if len(source) < config.num_shards:
-            raise ValueError(
-                f"data.sources.{name} has {len(source)} records, fewer than data.num_shards = "
-                f"{config.num_shards}"
-            )
-        encoders[name] = RecordEncoder(config, source_config, source, tokenizer, template)
-    return encoders
-
-
 def build(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -454,18 +329,21 @@ def build(
         raise ValueError(f"shards are {owned}; data.num_shards is {config.num_shards}")
     if num_epochs is not None and len(owned) < config.num_shards:
         raise ValueError("num_epochs needs all shards: they end at different batches")
-    encoders = _encoders(config, tokenizer, data_dir)
+    encoders = open_encoders(config, tokenizer, data_dir)
     check_lengths(config, encoders)
     rows, pad_id = config.rows // config.num_shards, tokenizer.pad_id
-    extra = {}
+    extra: dict[str, Any] = {"extras": extras_of(config, encoders)}
     if config.packing == "per_batch":
         extra["num_examples"] = config.examples_per_batch // config.num_shards
     made = {}
     for shard in owned:
         stream = _mixture(config, shard, encoders, num_epochs)
-        made[shard] = _Shard(PACKINGS[config.packing](stream, rows, config.length, pad_id, **extra))
-    quarantined = sum(getattr(e.source, "num_quarantined", 0) for e in encoders.values())
-    return Pipeline(made, lay_out([], rows, config.length, pad_id), quarantined, config.num_shards)
+        packer = PACKINGS[config.packing](stream, rows, config.length, pad_id, **extra)
+        made[shard] = _Shard(packer, stream)
+    count = lambda name: sum(getattr(e.source, name, 0) for e in encoders.values())
+    left_out = count("num_quarantined"), count("num_filtered")
+    empty = lay_out([], rows, config.length, pad_id, extra["extras"])
+    return Pipeline(made, empty, left_out, config.num_shards)
 
 
 # -------------------------------------------------------------------------------- evaluation

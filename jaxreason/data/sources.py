@@ -1,34 +1,37 @@
-"""Where examples come from: records by number, and how a record becomes text or a conversation.
-
-A `JsonlSource` reads .jsonl and .jsonl.gz files by byte offset. Its first opening reads every line
-once; a malformed one is written to quarantine.jsonl in the data folder, counted and left out, and
-everything else goes on. The index is kept beside it for the next opening.
-"""
+"""Where examples come from: records by number, and how a record becomes text or a conversation."""
 
 import dataclasses
-import glob
-import gzip
-import hashlib
-import json
+import functools
 import os
 import pathlib
 import re
-import shutil
 import string
-import uuid
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from jaxreason.data import arithmetic, countdown
 from jaxreason.data.countdown import CountdownConfig
+from jaxreason.data.files import CHOICES, Found, JsonlSource
+from jaxreason.data.files import data_root as data_root
+from jaxreason.data.schemas import (
+    SCHEMAS,
+    ChatExample,
+    PairExample,
+    TextExample,
+    conversation,
+    is_true,
+    pair,
+    system_turn,
+    text_of,
+)
 from jaxreason.text.chat import Message
+from jaxreason.text.traces import TraceFault, read_trace
+from jaxreason.types import TASKS
 
-_JSONL_ONLY = (
+_FILES_ONLY = (
     "text_field", "prompt_field", "response_field", "reasoning_field", "reasoning",
-    "strip_calculator",
+    "strip_calculator", "messages_field", "system_field", "drop_system", "chosen_field",
+    "rejected_field", "correct_fields", "complete_field", "keep_wrong", "choose",
 )  # fmt: skip
 _PROMPTS = {"arithmetic": "{expression}", "countdown": countdown.PROMPT}  # by default
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -42,28 +45,21 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class TextExample:
-    """A document, all of which is trained on."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatExample:
-    """A conversation; which roles are trained on is for the pipeline to say."""
-
-    messages: tuple[Message, ...]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One source and how its records become examples.
 
-    kind "jsonl" makes texts of `text_field`, or else a question and an answer: the user's turn is
-    `prompt_field`, or `prompt_template` with record fields in braces; the assistant's is
-    `response_field`, after the reasoning of `reasoning_field`. With `reasoning="split_hashes"` the
-    response is GSM8K's: what stands before `#### N` is the reasoning, `#### N` the answer.
+    kind "jsonl" reads files of records, Parquet too. It makes texts of `text_field`; or a question
+    and an answer: the user's turn is `prompt_field`, or `prompt_template` with record fields in
+    braces, the assistant's is `response_field` after the reasoning of `reasoning_field`; or
+    conversations of `messages_field`; or pairs of `chosen_field` and `rejected_field`, texts or
+    lists of messages. `reasoning` says that the response holds it: "split_tags" reads the published
+    tags (text/traces.py), and what has none is quarantined; with "split_hashes" the response is
+    GSM8K's: what stands before `#### N` is the reasoning, `#### N` the answer. Messages and pairs
+    are read for tags in any case. With `choose` the response and the reasoning may be lists, one
+    entry a trace: the first, a random or all of those that are right make examples.
+    The kinds of schemas.SCHEMAS are such fields by a published data set's name; what is set beside
+    them holds instead.
     kind "arithmetic" is a prepared benchmark: `rendering` "text" makes texts, "answer", "short_cot"
     and "long_cot" make conversations.
 
@@ -73,37 +69,66 @@ class SourceConfig:
 
     name: str
     kind: str = "jsonl"
-    path: str | Sequence[str] = ""  # files or patterns; arithmetic: a folder in the data folder
+    # Files or patterns, or @NAME, which an earlier stage wrote; arithmetic: a folder in the data
+    # folder.
+    path: str | Sequence[str] = ""
     text_field: str = ""
     prompt_field: str = ""
     prompt_template: str = ""  # e.g. "{question}"; the kind's own when empty
     response_field: str = ""
     reasoning_field: str = ""
-    reasoning: str = ""  # "" or "split_hashes"
+    reasoning: str = ""  # "", split_tags or split_hashes
     strip_calculator: bool = False  # drop GSM8K's <<48/2=24>> spans
+    messages_field: str = ""
+    system_field: str = ""  # a system prompt, where a record has it
+    drop_system: bool = False  # OpenThoughts' asks for tags that are not those learnt here
+    chosen_field: str = ""
+    rejected_field: str = ""
+    correct_fields: Sequence[str] = ()  # a trace is right where one of them says so
+    complete_field: str = ""  # ... and this too, if it is set
+    keep_wrong: bool = False  # whatever they say
+    choose: str = ""  # of the right traces of a record: first, random, all; "": there is but one
+    task: str = ""  # of types.TASKS, for an objective that weighs tasks apart
     rendering: str = ""  # arithmetic: text, answer, short_cot, long_cot; countdown: see above
     split: str = ""  # arithmetic and countdown: train or test
     countdown: Mapping[str, Any] | CountdownConfig = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if self.task and self.task not in TASKS:
+            raise ValueError(f"{self.key}.task is {self.task!r}; known: {', '.join(TASKS)}")
         if self.kind == "jsonl":
-            self._check_jsonl()
+            self._check_files()
+        elif self.kind in SCHEMAS:
+            _ = self.fields  # checked as it is made
         elif self.kind == "arithmetic":
-            self._check_made(("countdown", *_JSONL_ONLY), arithmetic.RENDERINGS)
+            self._check_made(("countdown", *_FILES_ONLY), arithmetic.RENDERINGS)
             if self.rendering == "text" and self.prompt_template:
                 raise ValueError(f"{self.key}.prompt_template is set, and a text has no prompt")
             if not isinstance(self.path, str):
                 raise ValueError(f"{self.key}.path is {self.path!r}; it must be one folder")
         elif self.kind == "countdown":
-            self._check_made(_JSONL_ONLY, countdown.RENDERINGS)
+            self._check_made(_FILES_ONLY, countdown.RENDERINGS)
             if not isinstance(self.countdown, CountdownConfig):
                 fields = countdown.parse_config(self.countdown, f"{self.key}.countdown")
                 object.__setattr__(self, "countdown", fields)
         else:
-            raise ValueError(
-                f"{self.key}.kind is {self.kind!r}; known kinds: jsonl, arithmetic, countdown"
-            )
+            known = ", ".join(("jsonl", "arithmetic", "countdown", *SCHEMAS))
+            raise ValueError(f"{self.key}.kind is {self.kind!r}; known kinds: {known}")
         self.prompt_names()
+
+    @functools.cached_property
+    def fields(self) -> "SourceConfig":
+        """The same source by its fields: kind "jsonl" in place of a schema's name."""
+        if self.kind not in SCHEMAS:
+            return self
+        given = {name: v for name, v in SCHEMAS[self.kind].items() if not getattr(self, name)}
+        if self.prompt_template:
+            given.pop("prompt_field", None)
+        return dataclasses.replace(self, kind="jsonl", **given)
+
+    @property
+    def has_pairs(self) -> bool:
+        return bool(self.fields.chosen_field)
 
     @property
     def key(self) -> str:
@@ -132,23 +157,30 @@ class SourceConfig:
             raise wrong
         return names
 
-    def _check_jsonl(self) -> None:
+    def _check_files(self) -> None:
         self._check_unused(("rendering", "split", "countdown"))
         if not self.path:
-            raise ValueError(f"{self.key}.path is empty; it must name .jsonl or .jsonl.gz files")
+            raise ValueError(f"{self.key}.path is empty; it must name .jsonl or .parquet files")
         if self.prompt_field and self.prompt_template:
             raise ValueError(
                 f"{self.key}.prompt_field is {self.prompt_field!r} and prompt_template is "
                 f"{self.prompt_template!r}; set one of them"
             )
-        chat = bool(self.prompt_field or self.prompt_template)
-        if bool(self.text_field) == chat or chat != bool(self.response_field):
+        prompted = bool(self.prompt_field or self.prompt_template)
+        kinds = (self.text_field, self.response_field, self.messages_field, self.chosen_field)
+        if (
+            sum(map(bool, kinds)) != 1
+            or bool(self.chosen_field) != bool(self.rejected_field)
+            or (prompted != bool(self.response_field) and not self.chosen_field)
+        ):
             raise ValueError(
                 f"{self.key} must set either text_field, or response_field with prompt_field or "
-                "prompt_template"
+                "prompt_template, or messages_field, or chosen_field with rejected_field"
             )
-        if self.reasoning not in ("", "split_hashes"):
-            raise ValueError(f"{self.key}.reasoning is {self.reasoning!r}; known: split_hashes")
+        if self.reasoning not in ("", "split_tags", "split_hashes"):
+            raise ValueError(
+                f"{self.key}.reasoning is {self.reasoning!r}; known: split_tags, split_hashes"
+            )
         if self.text_field and (self.reasoning or self.reasoning_field):
             raise ValueError(f"{self.key}.text_field is set, and a text has no reasoning apart")
         if self.reasoning and self.reasoning_field:
@@ -156,6 +188,14 @@ class SourceConfig:
                 f"{self.key}.reasoning is {self.reasoning!r} and reasoning_field is "
                 f"{self.reasoning_field!r}; set one of them"
             )
+        if self.choose not in ("", *CHOICES):
+            raise ValueError(
+                f"{self.key}.choose is {self.choose!r}; it must be one of {', '.join(CHOICES)}"
+            )
+        if not self.response_field:
+            self._check_unused(("reasoning_field", "choose"), "a source without response_field")
+            if self.reasoning == "split_hashes":
+                raise ValueError(f"{self.key}.reasoning is 'split_hashes'; that is of a response")
 
     def _check_made(self, unused: Sequence[str], renderings: Sequence[str]) -> None:
         self._check_unused(unused)
@@ -167,27 +207,87 @@ class SourceConfig:
         if self.split not in ("train", "test"):
             raise ValueError(f"{self.key}.split is {self.split!r}; it must be train or test")
 
-    def _check_unused(self, names: Sequence[str]) -> None:
+    def _check_unused(self, names: Sequence[str], who: str = "") -> None:
         for name in names:
             if getattr(self, name):
                 raise ValueError(
-                    f"{self.key}.{name} is {getattr(self, name)!r}; kind {self.kind!r} has no use "
-                    "for it"
+                    f"{self.key}.{name} is {getattr(self, name)!r}; "
+                    f"{who or f'kind {self.kind!r}'} has no use for it"
                 )
+
+    # The rule of files.JsonlSource, of kind "jsonl".
+
+    def identity(self) -> Any:
+        own = ("name", "path", "choose", "task", "countdown")  # change nothing in what is found
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in own} | {
+            "listed": bool(self.choose)
+        }
+
+    def columns(self) -> tuple[list[str], list[str]]:
+        prompt, correct = self.prompt_names(), tuple(self.correct_fields)
+        named = [self.text_field, self.response_field, self.reasoning_field, self.messages_field]
+        named += [self.chosen_field, self.rejected_field]
+        optional = [self.system_field, *prompt] if self.chosen_field else [self.system_field]
+        if not self.keep_wrong:
+            named += [*correct[:1], self.complete_field]
+            optional += correct[1:]
+        needed = [*([] if self.chosen_field else prompt), *filter(None, named)]
+        return needed, list(filter(None, optional))
+
+    def examine(self, record: dict[str, Any]) -> Found:
+        needed, _ = self.columns()
+        missing = [name for name in needed if name not in record]
+        if missing:
+            return Found((), (f"field {missing[0]!r} is missing",))
+        sizes = {len(record[field]) for field in self._listed(record)}
+        if len(sizes) > 1 or 0 in sizes:
+            return Found((), (f"its lists of traces have {sorted(sizes)} entries",))
+        parts, faults, filtered = [], [], 0
+        for part in range(max(sizes, default=1)):
+            if not self._is_wanted(record, part):
+                filtered += 1
+                continue
+            try:
+                to_example(self, self.take(record, part))
+                parts.append(part)
+            except TraceFault as fault:
+                faults.append(f"trace {part}: {fault}" if sizes else str(fault))
+        return Found(tuple(parts), tuple(faults), filtered)
+
+    def take(self, record: dict[str, Any], part: int) -> dict[str, Any]:
+        return record | {field: record[field][part] for field in self._listed(record)}
+
+    def _listed(self, record: Mapping[str, Any]) -> list[str]:
+        fields = (self.response_field, self.reasoning_field) if self.choose else ()
+        return [field for field in fields if isinstance(record.get(field), list)]
+
+    def _is_wanted(self, record: Mapping[str, Any], part: int) -> bool:
+        if self.keep_wrong:
+            return True
+        groups = filter(
+            None, (self.correct_fields, [self.complete_field] * bool(self.complete_field))
+        )
+        return all(is_true(record, group, part) for group in groups)
 
 
 # ----------------------------------------------------------------- from a config to examples
 
 
-def open_source(config: SourceConfig, data_dir: str | os.PathLike) -> Source:
+def open_source(config: SourceConfig, data_dir: str | os.PathLike, seed: int = 0) -> Source:
     """The records of a source; prepared files go into `data_dir`.
+
+    Args:
+      seed: of what is chosen at random among the traces of a record.
 
     Raises:
       ValueError: files are missing, are not what they should be, or hold no valid record.
     """
     data_dir, key = pathlib.Path(data_dir), f"{config.key}.path"
+    config = config.fields
     if config.kind == "jsonl":
-        return JsonlSource(config.path, fields=_needed(config), data_dir=data_dir, key=key)
+        choice = {"choose": config.choose or "first", "seed": seed}
+        return JsonlSource(config.path, fields=config, data_dir=data_dir, key=key, **choice)
     if config.kind == "countdown":
         if not config.path:
             return countdown.generated(config.countdown, config.split)
@@ -199,17 +299,6 @@ def open_source(config: SourceConfig, data_dir: str | os.PathLike) -> Source:
     return arithmetic.open_arithmetic(directory, config.split)
 
 
-def _needed(config: SourceConfig) -> dict[str, str]:
-    """The fields a JSONL record must have, each with a text that must occur in it."""
-    if config.text_field:
-        return {config.text_field: ""}
-    needed = dict.fromkeys(config.prompt_names(), "")
-    if config.reasoning_field:
-        needed[config.reasoning_field] = ""
-    needed[config.response_field] = _HASHES if config.reasoning == "split_hashes" else ""
-    return needed
-
-
 def to_prompt(config: SourceConfig, record: Mapping[str, Any]) -> str:
     """The user's turn of a record. Numbers among its fields are written out."""
     if config.prompt_field:
@@ -217,23 +306,61 @@ def to_prompt(config: SourceConfig, record: Mapping[str, Any]) -> str:
     return (config.prompt_template or _PROMPTS[config.kind]).format_map(record)
 
 
-def to_example(config: SourceConfig, record: Mapping[str, Any]) -> TextExample | ChatExample:
-    """A record as what it trains. Numbers among its fields are written out."""
+def to_example(
+    config: SourceConfig, record: Mapping[str, Any]
+) -> TextExample | ChatExample | PairExample:
+    """A record as what it trains. Numbers among its fields are written out.
+
+    Raises:
+      TraceFault: it cannot be learnt from; records of an opened source all can.
+    """
+    config = config.fields
     if config.kind == "arithmetic":
         return _arithmetic_example(config, record)
     if config.kind == "countdown":
-        pair = countdown.completion(record, config.rendering, config.countdown)
-        return _question(to_prompt(config, record), *pair)
+        pair_of = countdown.completion(record, config.rendering, config.countdown)
+        return _question(to_prompt(config, record), *pair_of)
+    if config.chosen_field:
+        return _pair_example(config, record)
+    system = () if config.drop_system else system_turn(record, config.system_field)
+    if config.messages_field:
+        needs_thinking = config.reasoning == "split_tags"
+        turns = conversation(record[config.messages_field], needs_thinking)
+        if all(turn.role != "assistant" for turn in turns):
+            raise TraceFault("no message is the assistant's")
+        own = [turn for turn in turns if turn.role != "system" or not config.drop_system]
+        return ChatExample((*system, *own))
     clean: Callable[[Any], str] = _strip_calculator if config.strip_calculator else str
     if config.text_field:
-        return TextExample(clean(record[config.text_field]))
-    answer, reasoning = clean(record[config.response_field]), None
+        return TextExample(clean(text_of(record, config.text_field)))
+    for name in config.prompt_names():
+        text_of(record, name)
+    hashes = _HASHES if config.reasoning == "split_hashes" else ""
+    answer, reasoning = clean(text_of(record, config.response_field, hashes)), None
     if config.reasoning_field:
-        reasoning = clean(record[config.reasoning_field])
-    if config.reasoning == "split_hashes":
+        reasoning = clean(text_of(record, config.reasoning_field))
+    if config.reasoning == "split_tags":
+        reasoning, answer = read_trace(answer)
+    if hashes:
         solution, _, number = answer.rpartition(_HASHES)
         answer, reasoning = f"{_HASHES} {number.strip()}", solution.strip()
-    return _question(to_prompt(config, record), answer, reasoning)
+    return _question(to_prompt(config, record), answer, reasoning, system)
+
+
+def _pair_example(config: SourceConfig, record: Mapping[str, Any]) -> PairExample:
+    names, prompt = config.prompt_names(), None
+    if config.prompt_field and isinstance(record.get(config.prompt_field), list):
+        prompt = record[config.prompt_field]
+    elif names and all(record.get(name) is not None for name in names):
+        for name in names:
+            text_of(record, name)
+        prompt = to_prompt(config, record)
+    fields = (config.chosen_field, config.rejected_field)
+    for name in fields:
+        if not isinstance(record[name], list):
+            text_of(record, name)
+    chosen, rejected = (record[name] for name in fields)
+    return pair(prompt, chosen, rejected, config.reasoning == "split_tags")
 
 
 def _arithmetic_example(
@@ -245,9 +372,12 @@ def _arithmetic_example(
     return _question(to_prompt(config, record), record["answer"], reasoning)
 
 
-def _question(prompt: str, answer: str, reasoning: str | None) -> ChatExample:
+def _question(
+    prompt: str, answer: str, reasoning: str | None, system: tuple[Message, ...] = ()
+) -> ChatExample:
     user = Message(role="user", content=prompt)
-    return ChatExample((user, Message(role="assistant", content=answer, reasoning=reasoning)))
+    assistant = Message(role="assistant", content=answer, reasoning=reasoning)
+    return ChatExample((*system, user, assistant))
 
 
 def _strip_calculator(value: Any) -> str:
@@ -259,203 +389,3 @@ def place(source: Source, index: int) -> str:
     if isinstance(source, JsonlSource):
         return f"record {index} ({source.line(index)})"
     return f"record {index}"
-
-
-# ------------------------------------------------------------------------------- JSONL files
-
-
-def data_root() -> pathlib.Path:
-    """The folder of shared data: the environment's JAXREASON_DATA, or else ../shared/data."""
-    return pathlib.Path(os.environ.get("JAXREASON_DATA", "../shared/data"))
-
-
-def find_files(path: str | Sequence[str], key: str) -> list[pathlib.Path]:
-    """The files of paths or patterns, each looked for in the current folder and in `data_root()`.
-
-    Raises:
-      ValueError: a path or pattern matches nothing, or matches what is not JSONL.
-    """
-    files = []
-    for pattern in [path] if isinstance(path, str) else path:
-        places = [pathlib.Path.cwd() / pattern, data_root().resolve() / pattern]
-        found = next(filter(None, (sorted(glob.glob(str(place))) for place in places)), [])
-        if not found:
-            looked = " or ".join(dict.fromkeys(map(str, places)))
-            raise ValueError(
-                f"{key} is {str(pattern)!r}; no such file ({looked}): give a .jsonl or .jsonl.gz "
-                "file, a pattern, or set JAXREASON_DATA to the folder it is in"
-            )
-        files += map(pathlib.Path, found)
-    for file in files:
-        if not file.is_file() or not file.name.endswith((".jsonl", ".jsonl.gz")):
-            raise ValueError(f"{key} matches {file}; it must be .jsonl or .jsonl.gz files")
-    return files
-
-
-class _Index(NamedTuple):
-    """The valid lines of one file, and what was wrong with the others."""
-
-    plain: pathlib.Path  # the file, decompressed
-    starts: np.ndarray  # int64, byte offsets
-    sizes: np.ndarray  # int64, bytes
-    lines: np.ndarray  # int64, counted from 1
-    quarantined: list[dict[str, Any]]
-
-
-class JsonlSource:
-    """Random access to the valid records of JSONL files, in order; may be pickled.
-
-    Args:
-      path: files or patterns, .jsonl or .jsonl.gz (decompressed once, into `data_dir`).
-      fields: the fields a record must have, as text or a number, each with a text that must occur
-        in it ("" for any). A line that is not such a JSON object is quarantined.
-      data_dir: takes the decompressed files, the indices and quarantine.jsonl.
-      key: the config's key of the path, for messages.
-
-    Raises:
-      ValueError: a file is missing or broken, or no line is valid.
-    """
-
-    def __init__(
-        self,
-        path: str | Sequence[str],
-        *,
-        fields: Mapping[str, str],
-        data_dir: str | os.PathLike,
-        key: str = "data.path",
-    ):
-        self._files = find_files(path, key)
-        data_dir = pathlib.Path(data_dir)
-        data_dir.mkdir(parents=True, exist_ok=True)
-        indices = [_open_index(file, dict(fields), data_dir, key) for file in self._files]
-        self._plain = [index.plain for index in indices]
-        self._open: dict[int, BinaryIO] = {}
-        self._starts = np.concatenate([index.starts for index in indices])
-        self._sizes = np.concatenate([index.sizes for index in indices])
-        self._lines = np.concatenate([index.lines for index in indices])
-        self._ends = np.cumsum(
-            [len(index.starts) for index in indices]
-        )  # first record after a file
-        quarantined = [entry for index in indices for entry in index.quarantined]
-        self.num_quarantined = len(quarantined)
-        _quarantine(quarantined, data_dir / "quarantine.jsonl")
-        if not len(self):
-            raise ValueError(
-                f"{key} is {path!r}; it holds no valid record ({self.num_quarantined} malformed "
-                f"lines are listed in {data_dir / 'quarantine.jsonl'})"
-            )
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        if number not in self._open:
-            self._open[number] = open(self._plain[number], "rb", buffering=0)
-        file = self._open[number].fileno()
-        return json.loads(os.pread(file, int(self._sizes[index]), int(self._starts[index])))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
-
-    def line(self, index: int) -> str:
-        """The file and line of a record, for messages."""
-        file = self._files[int(np.searchsorted(self._ends, index, side="right"))]
-        return f"{file} line {self._lines[index]}"
-
-
-def _open_index(file: pathlib.Path, fields: dict[str, str], data_dir: pathlib.Path, key: str):
-    """The index of a file, from the data folder if it is there and the file is unchanged."""
-    stat = file.stat()
-    version = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-    stem = file.name.removesuffix(".gz").removesuffix(".jsonl")
-    plain = file
-    if file.name.endswith(".gz"):
-        plain = data_dir / f"{stem}-{_digest(version)}.jsonl"
-        if not plain.exists():
-            _decompress(file, plain, key)
-    cached = data_dir / f"{stem}-{_digest([*version, fields])}.index.npz"
-    if not cached.exists():
-        index = _read_index(file, plain, fields)
-        arrays = {"starts": index.starts, "sizes": index.sizes, "lines": index.lines}
-        text = np.array(json.dumps(index.quarantined))
-        _write(cached, lambda out: np.savez(out, **arrays, quarantined=text))
-    with np.load(cached, allow_pickle=False) as arrays:
-        quarantined = json.loads(str(arrays["quarantined"]))
-        return _Index(plain, arrays["starts"], arrays["sizes"], arrays["lines"], quarantined)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-def _decompress(file: pathlib.Path, plain: pathlib.Path, key: str) -> None:
-    with gzip.open(file) as text:
-        try:
-            _write(plain, lambda out: shutil.copyfileobj(text, out, 1 << 20))
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{key} matches {file}; it is no complete gzip file: {error}"
-            ) from error
-
-
-def _write(path: pathlib.Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that appears complete or not at all, whoever else writes the same one."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # pids repeat between hosts
-    try:
-        with open(unfinished, "wb") as out:
-            fill(out)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _read_index(file: pathlib.Path, plain: pathlib.Path, fields: dict[str, str]) -> _Index:
-    """Reads every line once. Blank lines are no records."""
-    valid, quarantined, start = [], [], 0
-    with open(plain, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                fault = _find_fault(line, fields)
-                if fault is None:
-                    valid.append((start, len(line), number))
-                else:
-                    text = line.decode(errors="replace").rstrip("\n")[:200]
-                    quarantined.append(
-                        {"file": str(file), "line": number, "reason": fault, "text": text}
-                    )
-            start += len(line)
-    columns = np.array(valid, np.int64).reshape(-1, 3).T
-    return _Index(plain, *columns, quarantined)
-
-
-def _find_fault(line: bytes, fields: dict[str, str]) -> str | None:
-    """What makes a line useless as a record; None if nothing does."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    if not isinstance(record, dict):
-        return f"not a JSON object but {type(record).__name__}"
-    for field, part in fields.items():
-        if field not in record:
-            return f"field {field!r} is missing"
-        value = record[field]
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            return f"field {field!r} is {type(value).__name__}, not text or a number"
-        if part not in str(value):
-            return f"field {field!r} has no {part!r}"
-        try:
-            str(value).encode()
-        except UnicodeEncodeError:  # "\ud800": valid JSON, but no tokenizer can read it
-            return f"field {field!r} has half of a surrogate pair"
-    return None
-
-
-def _quarantine(entries: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Adds the entries that are not there yet."""
-    known = path.read_text().splitlines() if path.exists() else []
-    lines = list(dict.fromkeys([*known, *(json.dumps(entry) for entry in entries)]))
-    if len(lines) > len(known):
-        _write(path, lambda out: out.write("".join(line + "\n" for line in lines).encode()))

@@ -333,6 +333,22 @@ class LanguageModel:
         found = self.head.logprobs(h_BTD, self.head_weight(params), arranged_BT, **options)
         return tuple(self.rows.restored(x_BT, targets_BT.shape[1]) for x_BT in found)
 
+    def kl(self, params, h_BTD, teacher_h_BTE, teacher_w_VE, targets_BT, weights_BT, mix):
+        """Weighted sums against a teacher on this mesh; see kernels.linear_distill.
+
+        Args:
+          teacher_h_BTE, teacher_w_VE: its `hidden` of the same rows and its `head_weight`.
+        """
+        rows = self.rows.arranged(targets_BT), self.rows.arranged(weights_BT)
+        return self.head.kl(
+            h_BTD, self.head_weight(params), teacher_h_BTE, teacher_w_VE, *rows, mix
+        )
+
+    def topk_kl(self, params, h_BTD, ids_BTK, logprobs_BTK, targets_BT, weights_BT, mix):
+        """As `kl`, against a teacher's stored log-probs; see linear_topk_distill."""
+        rows = map(self.rows.arranged, (ids_BTK, logprobs_BTK, targets_BT, weights_BT))
+        return self.head.topk_kl(h_BTD, self.head_weight(params), *rows, mix)
+
     def values(self, params: Params, h_BTD: jax.Array, length: int) -> jax.Array:
         """values_BT of the value head, float32.
 

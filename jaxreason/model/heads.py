@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxreason.kernels import linear_distill
 from jaxreason.kernels import linear_xent as kernel
+from jaxreason.kernels.linear_distill import Mix
 from jaxreason.kernels.manual_axes import vary, varying_axes
 from jaxreason.model.products import whole
 from jaxreason.parallel import rules
@@ -128,6 +130,58 @@ class Head:
 
         in_specs = (_ROWS, self._table, _ROWS)
         return self._on_mesh(local, in_specs, (_ROWS, _ROWS, _ROWS))(h_BTD, w_VD, targets_BT)
+
+    def kl(self, h_BTD, w_VD, teacher_h_BTE, teacher_w_VE, targets_BT, weights_BT, mix: Mix):
+        """(weighted sum of a distillation loss, kernels.linear_distill.DistillSums).
+
+        The teacher's table lies on the mesh as the student's does and may have other rows beyond
+        the valid ones.
+        """
+        if self._vocab_axis is not None:
+            teacher_w_VE = self._with_rows(teacher_w_VE, w_VD.shape[0])
+
+        def local(h_BTD, w_VD, teacher_h_BTE, teacher_w_VE, targets_BT, weights_BT):
+            teacher = _flat(teacher_h_BTE), self._whole(teacher_w_VE, teacher_h_BTE)
+            return self._distilled(
+                linear_distill.linear_distill, h_BTD, w_VD, teacher, targets_BT, weights_BT, mix
+            )
+
+        in_specs = (_ROWS, self._table, _ROWS, self._table, _ROWS, _ROWS)
+        run = self._on_mesh(local, in_specs, PartitionSpec())
+        return run(h_BTD, w_VD, teacher_h_BTE, teacher_w_VE, targets_BT, weights_BT)
+
+    def topk_kl(self, h_BTD, w_VD, ids_BTK, logprobs_BTK, targets_BT, weights_BT, mix: Mix):
+        """As `kl`, from the teacher's log-probs of K ids a token."""
+
+        def local(h_BTD, w_VD, ids_BTK, logprobs_BTK, targets_BT, weights_BT):
+            teacher = _flat(ids_BTK), _flat(logprobs_BTK)
+            return self._distilled(
+                linear_distill.linear_topk_distill, h_BTD, w_VD, teacher, targets_BT, weights_BT,
+                mix,
+            )  # fmt: skip
+
+        in_specs = (_ROWS, self._table, _ROWS, _ROWS, _ROWS, _ROWS)
+        run = self._on_mesh(local, in_specs, PartitionSpec())
+        return run(h_BTD, w_VD, ids_BTK, logprobs_BTK, targets_BT, weights_BT)
+
+    def _distilled(self, run, h_BTD, w_VD, teacher, targets_BT, weights_BT, mix: Mix):
+        """A kernel's sums over this device's rows, added up over the mesh."""
+        rows = targets_BT.reshape(-1), weights_BT.reshape(-1)
+        options = dict(valid_vocab=self.valid_vocab, axis_name=self._vocab_axis)
+        w_VD = self._whole(w_VD, h_BTD)
+        sums = run(_flat(h_BTD), w_VD, *teacher, *rows, mix, **options)
+        return jax.lax.psum(sums, _TOKENS) if self._parallel else sums
+
+    def _with_rows(self, teacher_w_VE, num_rows: int):
+        """The table cut or filled up, so that each shard has the ids that the student's has."""
+        lacks = max(num_rows - teacher_w_VE.shape[0], 0)
+        if lacks:
+            teacher_w_VE = jnp.pad(teacher_w_VE, ((0, lacks), (0, 0)))
+        return rules.constrain(teacher_w_VE[:num_rows], self.mesh, "vocab", "embed")
+
+
+def _flat(x_BTD):
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 class ValueHead(nnx.Module):

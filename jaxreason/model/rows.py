@@ -22,13 +22,13 @@ class Rows:
     mesh: Mesh | None
 
     def arranged(self, x_BT: jax.Array) -> jax.Array:
-        """x_BT for the layers: T padded with zeros to what divides, then in stripes."""
+        """x_BT (or x_BTK) for the layers: T padded with zeros to what divides, then in stripes."""
         if self.mesh is None:
             return x_BT
         context, length = rules.axis_size(self.mesh, "length"), x_BT.shape[1]
         padded = self._padded(length)
         if padded != length:
-            x_BT = jnp.pad(x_BT, ((0, 0), (0, padded - length)))
+            x_BT = jnp.pad(x_BT, [(0, 0), (0, padded - length)] + [(0, 0)] * (x_BT.ndim - 2))
         return x_BT if context == 1 else x_BT[:, stripes(padded, context)]
 
     def restored(self, x_BT: jax.Array, length: int) -> jax.Array:

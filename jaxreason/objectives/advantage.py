@@ -26,7 +26,7 @@ class Advantage:
       reinforce_pp_baseline  R - m, whitened over all tokens         arXiv 2501.03262
       reinforce_pp           discounted rewards to come, whitened    arXiv 2501.03262
       gae                    with the value head, whitened           arXiv 1506.02438
-      external               given for each token (on-policy distillation)
+      external               none of the rewards': a teacher's alone, see TeacherAdvantage
     """
 
     estimator: str = "grpo"
@@ -55,6 +55,45 @@ class Advantage:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherAdvantage:
+    """What a teacher says of each sampled token, as an advantage. ValueErrors name `train.teacher`.
+
+    The reward of token t is r_t = log p_teacher - log p_sampler, and its advantage is `coef` times
+      r_t alone, at gamma 0: on-policy distillation (Thinking Machines Lab, 2025), every token
+        for itself;
+      r_t + gamma r_{t+1} + ..., discounted rewards to come: MiniLLM (arXiv 2306.08543), which
+        divides by the number of tokens left (`length_norm`) and whitens.
+    """
+
+    coef: float = 1.0
+    gamma: float = 0.0
+    length_norm: bool = False
+    whiten: bool = False
+
+    def __post_init__(self):
+        if self.coef < 0:
+            raise ValueError(f"train.teacher.coef is {self.coef}; it must be 0 or more")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"train.teacher.gamma is {self.gamma}; it must be in [0, 1]")
+
+    def advantages(
+        self, teacher_logprobs_BT: np.ndarray, sampled_logprobs_BT: np.ndarray, mask_BT: np.ndarray
+    ) -> np.ndarray:
+        """float64 [B, T], 0 where not learnt; arrays as in TokenArrays."""
+        learnt_BT = mask_BT > 0
+        gap_BT = np.asarray(teacher_logprobs_BT, np.float64) - sampled_logprobs_BT
+        out_BT = np.where(learnt_BT, gap_BT, 0.0)
+        if self.gamma:
+            out_BT = _gae(out_BT, np.zeros(out_BT.shape), mask_BT, self.gamma, 1.0)
+        if self.length_norm:
+            left_BT = learnt_BT[:, ::-1].cumsum(1)[:, ::-1]
+            out_BT = out_BT / np.maximum(left_BT, 1)
+        if self.whiten:
+            out_BT = whiten(out_BT, mask_BT)
+        return self.coef * out_BT
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenArrays:
     """What is known of every completion token, padded to [B, T]; padding may hold anything."""
 
@@ -62,7 +101,7 @@ class TokenArrays:
     old_logprobs_BT: np.ndarray | None = None  # the trainer's; for the KL in the reward
     ref_logprobs_BT: np.ndarray | None = None  # the reference's
     values_BT: np.ndarray | None = None  # gae: the value head's, before each token is drawn
-    external_BT: np.ndarray | None = None  # external: the advantages
+    external_BT: np.ndarray | None = None  # advantages from elsewhere; added to the estimator's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +118,22 @@ def advantages(
     """The advantages of Q groups of R completions; see Advantage for the definitions.
 
     `tokens` is needed by estimators that whiten over tokens or see their order, and by a KL in the
-    reward. A completion without a learnt token still counts in its group's mean and deviation.
+    reward. Those of `tokens.external_BT` are added, so that a task's reward and a teacher mix. A
+    completion without a learnt token still counts in its group's mean and deviation.
     Raises ValueError where an estimator that compares the completions of a prompt has but one.
     """
     if config.estimator == "external":
         return Estimate((tokens.external_BT * tokens.mask_BT).astype(np.float32))
+    estimate = _of_rewards(config, rewards_QR, tokens)
+    if tokens is None or tokens.external_BT is None:
+        return estimate
+    own = estimate.advantages
+    own_BT = (own[:, None] if own.ndim == 1 else own) * tokens.mask_BT
+    mixed_BT = own_BT + tokens.external_BT * tokens.mask_BT
+    return dataclasses.replace(estimate, advantages=mixed_BT.astype(np.float32))
+
+
+def _of_rewards(config: Advantage, rewards_QR: np.ndarray, tokens: TokenArrays | None) -> Estimate:
     rewards_QR = np.asarray(rewards_QR, np.float64)
     num_samples = rewards_QR.shape[1]
     if config.estimator in GROUPED and num_samples < 2:

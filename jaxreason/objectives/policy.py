@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxreason.objectives.advantage import Advantage
+from jaxreason.objectives.advantage import Advantage, TeacherAdvantage
 from jaxreason.types import Loss, Params, PolicyBatch
 
 RATIOS = ("token", "sequence")
@@ -115,7 +115,7 @@ class PolicyGradient:
             totals["value"] = tokens
         return {**totals, "balance": (batch.segments_BT != 0).sum()}
 
-    def loss(self, model, params: Params, frozen: Params | None, batch: PolicyBatch) -> Loss:
+    def loss(self, model, params: Params, frozen: dict[str, Params], batch: PolicyBatch) -> Loss:
         mask_BT, A_BT = batch.weights_BT, batch.advantages_BT
         logp_BT, entropy_BT, values_BT, balance = self._forward(model, params, batch)
         r_BT = self._ratios(logp_BT, batch)
@@ -307,13 +307,20 @@ def _only_with(key: str, value, switch: str, choice: str, readers: tuple[str, ..
 class Algorithm:
     """A loss and the advantages that it is meant for.
 
-    Raises ValueError where GAE and the value head do not come together.
+    Raises ValueError where GAE and the value head do not come together, and where nothing makes
+    advantages.
     """
 
     policy: PolicyGradient
     advantage: Advantage
+    teacher: TeacherAdvantage | None = None
 
     def __post_init__(self):
+        if self.advantage.estimator == "external" and self.teacher is None:
+            raise ValueError(
+                "train.advantage.estimator is external, which leaves the advantages to a teacher; "
+                "set train.teacher.from or another estimator"
+            )
         has_head, estimator = self.policy.value_coef > 0, self.advantage.estimator
         if has_head != (estimator == "gae"):
             raise ValueError(
@@ -359,4 +366,7 @@ PRESETS: dict[str, Algorithm] = {
     "ppo": Algorithm(
         PolicyGradient(value_coef=0.1, value_clip=0.5), Advantage("gae", kl_in_reward=0.001)
     ),
+    # Thinking Machines Lab, "On-Policy Distillation", 2025: importance sampling without a clip,
+    # every token for itself, no reward of the task.
+    "opd": Algorithm(PolicyGradient(clip="none"), Advantage("external"), TeacherAdvantage()),
 }

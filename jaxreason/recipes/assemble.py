@@ -203,19 +203,29 @@ def _kept_tokenizer(config: ConfigDict, workdir: Workdir, start: Checkpoint) -> 
 
 def _check_same_tokens(made: Tokenizer, start: Checkpoint, kind: str) -> None:
     """Raises ValueError where the parameters were trained with other tokens; more may follow."""
+    other = first_difference(made, start)
+    if other is not None:
+        token, there, here = other
+        raise ValueError(
+            f"tokenizer.kind is {kind!r}, but init.from = {start.text!r} was trained with "
+            f"other tokens (id {token} is {there!r} there and {here!r} here); set "
+            "tokenizer.kind to checkpoint"
+        )
+
+
+def first_difference(made: Tokenizer, start: Checkpoint) -> tuple[int, str, str | None] | None:
+    """(id, its text with the checkpoint's tokenizer, its text with `made`) of the first that are
+    not the same; None where none is, `made` may have more, or no tokenizer lies beside it."""
     if start.directory is None or not (start.tokenizer_folder / "tokenizer_config.json").is_file():
-        return
+        return None
     own = load_tokenizer(start.tokenizer_folder)
     if made.fingerprint() == own.fingerprint():
-        return
+        return None
     for token in range(own.vocab_size):
         there, here = own.decode([token]), made.decode([token]) if token < made.vocab_size else None
         if there != here:
-            raise ValueError(
-                f"tokenizer.kind is {kind!r}, but init.from = {start.text!r} was trained with "
-                f"other tokens (id {token} is {there!r} there and {here!r} here); set "
-                "tokenizer.kind to checkpoint"
-            )
+            return token, there, here
+    return None
 
 
 def _one_path(path: str, key: str) -> pathlib.Path:
@@ -327,5 +337,9 @@ def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _first_start(config: ConfigDict) -> Checkpoint:
-    first = config if "init" in config else next(iter(config.stages.values()))
-    return checkpoints.parse(first.init["from"])
+    """Where training starts from; of stages those that train count, where there are any."""
+    if "init" in config:
+        return checkpoints.parse(config.init["from"])
+    stages = list(config.stages.values())
+    first = next((stage for stage in stages if "train" in stage), stages[0])
+    return checkpoints.parse(first.init["from"] or "random")  # "" where a server is the teacher

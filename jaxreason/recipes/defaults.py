@@ -13,9 +13,13 @@ from jaxreason.data.sources import SourceConfig
 from jaxreason.model.config import DecoderConfig
 from jaxreason.model.lora import LoraConfig
 from jaxreason.model.rope import RopeScaling
-from jaxreason.objectives.advantage import Advantage
+from jaxreason.objectives.advantage import Advantage, TeacherAdvantage
+from jaxreason.objectives.distill import TopKDistillation
 from jaxreason.objectives.policy import PolicyGradient
+from jaxreason.objectives.preference import Preference
 from jaxreason.parallel.mesh import AXES
+from jaxreason.reasoning.segment import Segmentation
+from jaxreason.rollout.remote import ServerConfig
 from jaxreason.train.optim import OptimizerConfig
 from jaxreason.types import Sampling
 
@@ -122,13 +126,26 @@ def stage_config() -> dict:
             "length": 256,
             "packing": "first_fit",
             "examples_per_batch": config_dict.placeholder(int),
-            "truncation": "error",
+            "truncation": "error",  # of a document too long: error | keep_start | drop (counted)
+            "max_tokens": config_dict.placeholder(int),  # of a document; None: data.length
             "train_roles": ("assistant",),
+            "reasoning_weight": 1.0,  # of its tokens in the loss, both think tags among them
+            "answer_weight": 1.0,  # ... the end of the turn among them
+            "teacher": "",  # a folder, or @NAME in the run's data, of stores of top-k logits
             "shuffle": True,
         },
         "train": {
             "steps": 100,
+            # lm | step_by_step (two tasks) | distill | distill_topk (from data.teacher) |
+            # dpo | ipo | orpo | simpo | pruning (DPO with an SFT term)
+            "objective": "lm",
             "z_loss": 0.0,
+            "alpha": 0.5,  # step_by_step: of the labels' loss; 1 - alpha of the rationales'
+            "distill": {f.name: _value(f) for f in dataclasses.fields(TopKDistillation)},
+            "preference": switches(Preference, "loss_type"),  # over those of the objective
+            # A checkpoint, as init.from, with this run's tokens: of distill the teacher, of dpo and
+            # ipo the reference ("": where the stage starts from).
+            "teacher": {"from": ""},
             "lora": dataclasses.asdict(LoraConfig()),  # rank 0: the weights themselves
             "optimizer": dataclasses.asdict(OptimizerConfig()),
         },
@@ -137,11 +154,6 @@ def stage_config() -> dict:
 
 def rl_config() -> dict:
     """The keys of a stage of reinforcement learning, as `stage_config` for training on data."""
-    switches = lambda cls, *own: {
-        field.name: config_dict.placeholder(_plain_type(field.type))
-        for field in dataclasses.fields(cls)
-        if field.name not in own
-    }
     return {
         "kind": "rl",
         "init": {"from": "random"},
@@ -174,6 +186,9 @@ def rl_config() -> dict:
             "algorithm": "grpo",  # a preset of objectives/policy.py; switches set below override it
             "policy": switches(PolicyGradient, "temperature", "max_length"),
             "advantage": switches(Advantage),
+            # A checkpoint, as init.from, with this run's tokens; what it says of each sampled
+            # token is added to the advantages (algorithm opd: is all that is learnt).
+            "teacher": {"from": "", **switches(TeacherAdvantage)},
             "entropy_coef": 0.0,
             "entropy_target": config_dict.placeholder(float),  # nats a token: adaptive entropy
             "updates": 4,  # a rollout is split into so many
@@ -209,19 +224,70 @@ def scaling_config(**changes) -> dict:
     }
 
 
+def traces_config(**changes) -> dict:
+    """One entry of `stages`: a teacher writes, what is right is kept in data/STAGE.jsonl.
+
+    A later stage reads it by `path="@STAGE"`, with `prompt_field="question"`,
+    `reasoning_field="reasoning"`, `response_field="response"`.
+    """
+    server = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+    return {
+        "kind": "traces",
+        "init": {"from": ""},  # the teacher, as in a stage that trains; "" where a server answers
+        "template": "",  # of the teacher's chat, as chat.template; "": its own
+        "server": {**server, "url": "", "model_name": "", "extra": {}},
+        # A student that each token of the teacher's must be likely to; "": none
+        "gate": {"from": "", "threshold": 0.01},
+        "data": {
+            "sources": {},  # entries of prompts()
+            "shuffle": False,
+            "num_questions": 0,  # the first in that order; 0: all
+        },
+        "rewards": {"accuracy": reward("math")},
+        "solved_by": "accuracy",  # the reward that is 1 where a trace is correct
+        "sampling": _sampling(Sampling(max_tokens=1024, num_samples=30)),  # a question: SCoTD's 30
+        "keep": "correct",  # all | correct | first_correct | shortest_correct
+        "per_question": 0,  # kept traces; 0: 1 of first_ and shortest_correct, else no limit
+        "save_every": 64,  # questions
+        "rows": 256,  # slots of the engine
+        **changes,
+    }
+
+
+def prune_config(**changes) -> dict:
+    """One entry of `stages`: long traces are cut to what the student still answers from.
+
+    A later stage reads data/STAGE.jsonl by `path="@STAGE"`, with `prompt_field="question"`,
+    `reasoning_field="reasoning"`, `response_field="response"`; data/STAGE.pairs.jsonl, of the
+    pruned over the full traces, by `path="@STAGE.pairs"`, with `prompt_field="prompt"`,
+    `chosen_field="chosen"`, `rejected_field="rejected"`.
+    """
+    return {
+        "kind": "prune",
+        "init": {"from": ""},  # the student, which has learnt from such traces
+        "data": {
+            "sources": {},  # entries of source(): question, reasoning, answer
+            "limit": 0,  # traces, the first of the sources in order; 0: all
+        },
+        "answer_field": "",  # of a record, the gold answer; "": the trace's own
+        "rewards": {"accuracy": reward("math")},
+        "solved_by": "accuracy",  # the reward that is 1 where the student's answer is right
+        "segment": dataclasses.asdict(Segmentation()) | {"max_chars": config_dict.placeholder(int)},
+        # binary: by the student's answers | exhaustive: every prefix asked | first_correct: after
+        # the first step that names the answer | random
+        "method": "binary",
+        "max_tokens": 64,  # of an answer
+        "batch": 1024,  # traces in flight, and what a kill can lose
+        "rows": 256,  # slots of the engine
+        **changes,
+    }
+
+
 def generate_config() -> dict:
     """The keys of the recipe `generate`, beside the shared ones."""
-    sampling = Sampling(max_tokens=4096, temperature=0.6, top_p=0.95, top_k=20)
     return {
         "init": {"from": ""},
-        "sampling": {
-            **dataclasses.asdict(sampling),
-            "thinking": {
-                "max_tokens": config_dict.placeholder(int),  # thinking tokens; None: no limit
-                "wording": "s1",  # how the end is forced: s1 | qwen3 | tag
-                "waits": 0,  # ends of thinking that become "Wait"
-            },
-        },
+        "sampling": _sampling(Sampling(max_tokens=4096, temperature=0.6, top_p=0.95, top_k=20)),
         "prompt_template": "{prompt}",
         # true | false | auto: later questions follow the earlier ones where the template can say so
         "remember": "auto",
@@ -232,9 +298,35 @@ def generate_config() -> dict:
     }
 
 
+def _sampling(sampling: Sampling) -> dict:
+    return {
+        **dataclasses.asdict(sampling),
+        "thinking": {
+            "max_tokens": config_dict.placeholder(int),  # thinking tokens; None: no limit
+            "wording": "s1",  # how the end is forced: s1 | qwen3 | tag
+            "waits": 0,  # ends of thinking that become "Wait"
+        },
+    }
+
+
 def reward(kind: str, weight: float = 1.0, **options) -> dict:
     """An entry of `rewards`: a kind of rewards/mix.py or the user's own `module:function`."""
     return {"kind": kind, "weight": weight, "options": options}
+
+
+def switches(cls: type, *own: str) -> dict:
+    """The fields of a dataclass but `own`, not set: its presets say what they are."""
+    return {
+        field.name: config_dict.placeholder(_plain_type(field.type))
+        for field in dataclasses.fields(cls)
+        if field.name not in own
+    }
+
+
+def _value(field: dataclasses.Field):
+    """A default as a key has it: None of a number stands for one that is not set."""
+    unset = field.default is None
+    return config_dict.placeholder(_plain_type(field.type)) if unset else field.default
 
 
 def _plain_type(annotation) -> type:
@@ -319,6 +411,12 @@ def _stage_keys(stage: dict) -> dict:
         known["data"]["sources"] = lambda _: _fields(PromptSource)
     elif stage["kind"] == "scaling":
         known = scaling_config()
+    elif stage["kind"] == "traces":
+        known = traces_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(PromptSource)
+    elif stage["kind"] == "prune":
+        known = prune_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(SourceConfig)
     else:  # refused by name where stages are planned
         known = stage
     return known

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -108,18 +109,24 @@ def prompt_encoder(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[str], 
     return encode
 
 
-def generator(config: ConfigDict, tokenizer: Tokenizer, model: LanguageModel, rows: int):
-    """`generate` of the rollout engine with `rows` slots, on prompts as users write them.
+def generator(
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    model: LanguageModel,
+    rows: int,
+    encode: Callable[[Any], list[int]] | None = None,
+):
+    """`generate` of the rollout engine with `rows` slots.
 
     Args:
       model: the run's, or one that assemble.sampling_model made of it.
+      encode: of a prompt to ids; None: prompts are as users write them.
     """
     if hosts.several() and model.mesh.size == jax.device_count():
         model = assemble.sampling_model(model)
-    encode = prompt_encoder(config, tokenizer)
     return build_generate(
         model,
-        encode,
+        encode or prompt_encoder(config, tokenizer),
         tokenizer.decode,
         tokenizer.eos_id,
         EngineConfig(slots=rows),

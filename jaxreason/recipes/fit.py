@@ -10,9 +10,8 @@ from jaxreason.checkpoint.store import Store
 from jaxreason.data import pipeline as pipeline_lib
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import LoraConfig
-from jaxreason.objectives.lm import LanguageModeling
 from jaxreason.parallel import chips, cost, hosts
-from jaxreason.recipes import assemble, checkpoints, lora, weights
+from jaxreason.recipes import assemble, checkpoints, lora, objectives, teacher, weights
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
@@ -20,6 +19,7 @@ from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.fit import Fit, FitConfig, fit, whole_state
 from jaxreason.train.step import make_train_step
+from jaxreason.types import Frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,13 @@ class Stage:
     fit: FitConfig
     start: checkpoints.Checkpoint
     lora: LoraConfig | None
+    objective: objectives.Plan
+
+    @property
+    def starts(self) -> dict[str, checkpoints.Checkpoint]:
+        """The checkpoints that must be there before, by the keys that name them."""
+        other = self.objective.start
+        return {"init.from": self.start} | ({"train.teacher.from": other} if other else {})
 
     @property
     def steps(self) -> int:
@@ -60,12 +67,15 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
         assemble.device_mesh(config.mesh), data.rows, config.mesh.microbatches, data.num_shards
     )
     start = checkpoints.parse(section.init["from"])
-    adapters = lora.plan(section, start)
-    return Stage(name, section, data, optimizer, fit_config, start, adapters)
+    adapters, objective = lora.plan(section, start), objectives.plan(section.train, start)
+    objectives.check_data(objective, data)
+    return Stage(name, section, data, optimizer, fit_config, start, adapters, objective)
 
 
 def check_data(config: ConfigDict, stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
     """Opens the data, of all processes. Raises ValueError for whatever is wrong with it."""
+    if stage.objective.reads == "teacher":
+        teacher.check_tokens(stage.objective.start, tokenizer)
     pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
 
 
@@ -84,9 +94,12 @@ def run_stage(run: Run, stage: Stage) -> None:
     model = model_of(run.model, stage)
     optimizer = optim.make_optimizer(stage.optimizer, model.axes)
     schedule = optim.make_schedule(stage.optimizer, stage.fit.steps)
+    read = {}  # name: the model that the objective compares with
+    if name := stage.objective.reads:
+        read[name] = teacher.build(stage.objective.start, run.model, run.tokenizer)
     train_step = make_train_step(
         model,
-        LanguageModeling(z_loss=stage.section.train.z_loss),
+        stage.objective.build(read["teacher"].model if "teacher" in read else None),
         optimizer,
         schedule,
         clip_norm=stage.optimizer.clip_norm,
@@ -117,9 +130,12 @@ def run_stage(run: Run, stage: Stage) -> None:
         base = None
         if stage.lora:
             base = lora.frozen_base(workdir, stage.name, stage.start, run.model)
+        frozen = Frozen(
+            base=base, read={name: one.load(workdir.checkpoints) for name, one in read.items()}
+        )
         load = lambda: weights.load(stage.start, model, workdir.checkpoints)
         first = (lambda: None) if stage.lora else load
-        _, tokens = fit(job, key, first, base)
+        _, tokens = fit(job, key, first, frozen)
     stats = batches.stats(whole_state(batches))
     batches.close()
 
@@ -132,6 +148,8 @@ def run_stage(run: Run, stage: Stage) -> None:
             "seconds": round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0),
             "examples": stats.examples,
             "quarantined": stats.quarantined,
+            "filtered": stats.filtered,
+            "dropped": stats.dropped,
             "fill": round(stats.fill, 4),
         }
 

@@ -1,4 +1,4 @@
-"""Stages in order: data, training, evaluation of every stage, export, scaling, report.
+"""Stages in order: training and the data it makes, then evaluation, export, scaling, report.
 
 The recipes `pipeline` (a config with `stages`), `fit` and `rl` (a config that is one stage itself).
 Each part leaves a marker when it is done, so the same command goes on where it stopped.
@@ -19,7 +19,7 @@ from jaxreason.model import attention
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, evaluation, fit, lora, rl, scaling, weights
+from jaxreason.recipes import assemble, evaluation, fit, lora, prune, rl, scaling, traces, weights
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
@@ -30,8 +30,11 @@ from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train.metrics import MetricsWriter, Progress
 from jaxreason.types import Params
 
-_TRAINING = {"fit": fit, "rl": rl}  # kinds of a stage: modules of plan, check_data and run_stage
-Stage = fit.Stage | rl.RLStage | scaling.ScalingStage
+# Kinds of a stage: modules of plan, check_data and run_stage.
+_TRAINING = {"fit": fit, "rl": rl}
+_MAKING = {"traces": traces, "prune": prune}  # data/STAGE.jsonl, read later as "@STAGE"
+_RUNNING = {**_TRAINING, **_MAKING}  # mixed, each after those whose work it wants
+Stage = fit.Stage | rl.RLStage | traces.TracesStage | prune.PruneStage | scaling.ScalingStage
 
 
 def stages_of(config: ConfigDict) -> list[Stage]:
@@ -46,7 +49,7 @@ def stages_of(config: ConfigDict) -> list[Stage]:
 
 
 def _plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
-    kinds = {**_TRAINING, "scaling": scaling}
+    kinds = {**_RUNNING, "scaling": scaling}
     if section.kind not in kinds:
         raise ValueError(f"kind is {section.kind!r}; it must be one of {', '.join(kinds)}")
     return kinds[section.kind].plan(config, name, section)
@@ -68,25 +71,25 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     # --- everything that can be wrong is found before anything is expensive -----------------------
     stages = stages_of(config)
     assemble.check_xla_options(config.mesh)
-    shape = assemble.architecture(config, stages[0].start)
-    trained = [stage for stage in stages if stage.section.kind in _TRAINING]
+    running = [stage for stage in stages if stage.section.kind in _RUNNING]
+    trained = [stage for stage in running if stage.section.kind in _TRAINING]
+    first = (trained or running)[0]
+    shape = assemble.architecture(config, first.start)
     workdir = Workdir(folder)
     workdir.open(config)
-    tokenizer = assemble.tokenizer(config, workdir, stages[0].start)
+    tokenizer = assemble.tokenizer(config, workdir, first.start)
     model = assemble.language_model(config, shape, tokenizer)
     models = {}
     for stage in trained:
         with _naming(config, stage.name):
             models[stage.name] = _TRAINING[stage.section.kind].model_of(model, stage)
     prepare_data(config, workdir, progress)
-    for stage in trained:
-        with _naming(config, stage.name):
-            check = functools.partial(
-                _TRAINING[stage.section.kind].check_data, config, stage, tokenizer, workdir
-            )
-            hosts.first(check)  # what it prepares, the other processes find
+    late = {stage.name for stage in running if not _has_data(stage, workdir)}
+    for stage in running:
+        if stage.name not in late:
+            _check_data(config, stage, tokenizer, workdir)
     evaluate = evaluation.build(config, workdir, tokenizer, model)
-    describe(config, workdir, model, tokenizer, trained[0].length)
+    describe(config, workdir, model, tokenizer, first.length)
     workdir.describe(trained_parameters={name: m.num_params for name, m in models.items()})
     progress.say(f"{config.name}: {model.num_params:,} parameters, workdir {workdir.path}")
     progress.say(attention.said(model.attention, model.attention_use))
@@ -95,11 +98,14 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
             number, rank = models[stage.name].num_params, stage.lora.rank
             progress.say(f"{stage.name}: {number:,} parameters of adapters of rank {rank}")
 
-    # --- training ---------------------------------------------------------------------------------
+    # --- training, and the making of data for it --------------------------------------------------
     writer = MetricsWriter(workdir.path)
     this_run = Run(config, workdir, tokenizer, model, evaluate, writer, progress)
-    for stage in trained:
-        _TRAINING[stage.section.kind].run_stage(this_run, stage)
+    for stage in running:
+        if stage.name in late:  # it is there now
+            _check_data(config, stage, tokenizer, workdir)
+        with _naming(config, stage.name):
+            _RUNNING[stage.section.kind].run_stage(this_run, stage)
     writer.close()
 
     # --- evaluation and export of every stage, then the curves of test-time scaling ---------------
@@ -125,8 +131,16 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     ]
 
     # --- report -----------------------------------------------------------------------------------
-    done = {stage.name: workdir.marker(stage.name) for stage in trained}
+    done = {stage.name: workdir.marker(stage.name) for stage in running}
     finish(workdir, done, evals, time.monotonic() - began, progress, curves)
+
+
+def _check_data(config: ConfigDict, stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
+    """Opens what the stage reads; what the first process prepares, the others find."""
+    kind = stage.section.kind
+    check = functools.partial(_RUNNING[kind].check_data, config, stage, tokenizer, workdir)
+    with _naming(config, stage.name):
+        hosts.first(check) if kind in _TRAINING else check()
 
 
 def stage_params(run: Run, stage: Stage) -> Params:
@@ -257,24 +271,54 @@ def finish(
 
 
 def _in_order(stages: list[Stage]) -> list[Stage]:
-    """Each after the one it starts from; else as the config gives them, which is by name.
+    """Each after those whose parameters or data it wants; else as the config gives them, by name.
 
-    Raises ValueError when a stage starts from one that there is not, or that starts from it.
+    Raises ValueError when a stage wants one that there is not, or that wants it.
     """
     waiting, ordered = list(stages), []
     while waiting:
-        done = [stage.name for stage in ordered]
-        of_this_run = lambda stage: stage.start.kind == "run" and stage.start.directory is None
-        ready = [s for s in waiting if not of_this_run(s) or s.start.stage in done]
-        if not ready:
-            stuck = waiting[0]
+        lacking = [_lacking(stage, ordered) for stage in waiting]
+        if all(lacking):
+            others = lambda stage: [other for other in stages if other is not stage]
+            never = [_lacking(stage, others(stage)) for stage in waiting]
+            # Of a name that there is not; else of a circle, anywhere in it.
+            at = next((i for i, lack in enumerate(never) if lack), 0)
+            key, value, fitting = never[at] or lacking[at]
             raise ValueError(
-                f"stages.{stuck.name}.init.from is {stuck.start.text!r}; stages that can come "
-                f"before it: {', '.join(done) or 'none'}"
+                f"stages.{waiting[at].name}.{key} is {value!r}; stages that can come before it: "
+                f"{', '.join(fitting) or 'none'}"
             )
-        ordered.append(ready[0])
-        waiting.remove(ready[0])
+        ordered.append(waiting.pop(lacking.index(None)))
     return ordered
+
+
+def _lacking(stage: Stage, done: list[Stage]) -> tuple[str, str, list[str]] | None:
+    """The first key whose stage is not among `done`, its value, and which of them would do."""
+    named = lambda kinds: [other.name for other in done if other.section.kind in kinds]
+    starts = getattr(stage, "starts", {"init.from": stage.start})
+    wanted = [
+        (key, start.text, start.stage, named(_TRAINING))
+        for key, start in starts.items()
+        if start.kind == "run" and start.directory is None
+    ]
+    wanted += [(key, f"@{name}", name, named(_MAKING)) for key, name in _data_of(stage)]
+    return next(((k, text, names) for k, text, name, names in wanted if name not in names), None)
+
+
+def _data_of(stage: Stage) -> list[tuple[str, str]]:
+    """(key, STAGE) of every path "@STAGE" or "@STAGE.PART" among the stage's sources."""
+    sources = stage.section.get("data", {}).get("sources", {})
+    found = []
+    for name, source in sources.items():
+        paths = [source.path] if isinstance(source.path, str) else source.path
+        made = [path[1:].partition(".")[0] for path in paths if path.startswith("@")]
+        found += [(f"data.sources.{name}.path", stage_name) for stage_name in made]
+    return found
+
+
+def _has_data(stage: Stage, workdir: Workdir) -> bool:
+    """Whether all that it reads of other stages is made."""
+    return all(workdir.marker(name) is not None for _, name in _data_of(stage))
 
 
 def _jsonable(content: dict) -> dict:

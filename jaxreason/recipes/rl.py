@@ -12,11 +12,11 @@ from jaxreason.checkpoint.store import Store
 from jaxreason.data import prompts as prompts_lib
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import LoraConfig
-from jaxreason.objectives.advantage import GROUPED
+from jaxreason.objectives.advantage import GROUPED, TeacherAdvantage
 from jaxreason.objectives.policy import CORRECTIONS, KLS, PRESETS, Algorithm, PolicyGradient
 from jaxreason.parallel import hosts, rules
 from jaxreason.parallel.mesh import AXES, make_mesh
-from jaxreason.recipes import assemble, checkpoints, evaluation, lora, weights
+from jaxreason.recipes import assemble, checkpoints, evaluation, lora, teacher, weights
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
@@ -26,7 +26,7 @@ from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.collect import CollectConfig, Collector
 from jaxreason.train.groups import RowsConfig
-from jaxreason.train.rl import RL, RLConfig, make_score, train
+from jaxreason.train.rl import RL, Kept, RLConfig, make_score, train
 from jaxreason.train.step import make_train_step
 from jaxreason.types import Params, Prompt, Sampling
 
@@ -55,6 +55,13 @@ class RLStage:
     optimizer: optim.OptimizerConfig
     start: checkpoints.Checkpoint
     lora: LoraConfig | None
+    teacher: checkpoints.Checkpoint | None
+
+    @property
+    def starts(self) -> dict[str, checkpoints.Checkpoint]:
+        """The checkpoints that must be there before, by the keys that name them."""
+        taught = {"train.teacher.from": self.teacher} if self.teacher else {}
+        return {"init.from": self.start} | taught
 
     @property
     def steps(self) -> int:
@@ -116,8 +123,8 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
         )
     start = checkpoints.parse(section.init["from"])
     return RLStage(
-        name, section, prompts, rewards, collect, sampling,
-        loop, algorithm, optimizer, start, lora.plan(section, start),
+        name, section, prompts, rewards, collect, sampling, loop, algorithm, optimizer, start,
+        lora.plan(section, start), teacher.parse(training.teacher["from"]),
     )  # fmt: skip
 
 
@@ -140,16 +147,32 @@ def _algorithm(training: ConfigDict, rollout: ConfigDict) -> Algorithm:
     return Algorithm(
         policy=dataclasses.replace(preset.policy, **dropped | own | limits),
         advantage=dataclasses.replace(preset.advantage, **given(training.advantage)),
+        teacher=_taught(training, preset, given(training.teacher)),
     )
+
+
+def _taught(training: ConfigDict, preset: Algorithm, given: dict) -> TeacherAdvantage | None:
+    """What a teacher says of each token, where there is one. Raises ValueError."""
+    name = given.pop("from")
+    if not name and preset.teacher is not None:
+        raise ValueError(
+            f"train.teacher.from is empty, and train.algorithm = {training.algorithm} learns from "
+            "a teacher; give a checkpoint as in init.from"
+        )
+    if not name:
+        for field, value in given.items():
+            raise ValueError(f"train.teacher.{field} is {value}, but train.teacher.from is empty")
+        return None
+    return dataclasses.replace(preset.teacher or TeacherAdvantage(), **given)
 
 
 def _check_rollout(section: ConfigDict, algorithm: Algorithm) -> None:
     """Whether there can be groups to learn from."""
     rollout, estimator = section.rollout, algorithm.advantage.estimator
-    if estimator == "external":
+    if estimator == "external" and rollout.filter_zero_std:
         raise ValueError(
-            "train.advantage.estimator is 'external', which is for advantages that a recipe of "
-            "its own makes; reinforcement learning makes them from rewards"
+            "rollout.filter_zero_std is true and train.advantage.estimator external: a teacher's "
+            "advantages need no rewards that differ; set it to false"
         )
     grouped = rollout.filter_zero_std or estimator in GROUPED
     if rollout.num_generations < (2 if grouped else 1):
@@ -192,6 +215,8 @@ def check_data(config: ConfigDict, stage: RLStage, tokenizer: Tokenizer, workdir
 
     Raises ValueError naming the first that is wrong.
     """
+    if stage.teacher is not None:
+        teacher.check_tokens(stage.teacher, tokenizer)
     encode = evaluation.prompt_encoder(config, tokenizer)
     room, frame = stage.length - stage.sampling.max_tokens, len(encode(""))
 
@@ -256,6 +281,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
     )
     encode = evaluation.prompt_encoder(config, run.tokenizer)
     sampler = sampler_of(run.model, stage)
+    taught_by = stage.teacher and teacher.build(stage.teacher, run.model, run.tokenizer)
     key = assemble.stage_key(config.seed, stage.name)
 
     store = Store(workdir.checkpoints(stage.name), keep=config.run.keep)
@@ -288,7 +314,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
             model=model,
             optimizer=optimizer,
             train_step=train_step,
-            score=make_score(model, stage.algorithm.policy),
+            score=make_score(model, stage.algorithm.policy, taught_by and taught_by.model),
             collector=collector,
             store=store,
             writer=run.writer,
@@ -299,7 +325,11 @@ def run_stage(run: Run, stage: RLStage) -> None:
             evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
             trace_dir=str(workdir.path / "profile" / stage.name),
         )
-        _, tokens = train(job, key, *_begins(run, stage, model, key))
+        params, kept = _begins(run, stage, model, key)
+        if taught_by is not None:
+            load = lambda: taught_by.load(workdir.checkpoints)
+            kept = dataclasses.replace(kept, teacher=load)
+        _, tokens = train(job, key, params, kept)
     seconds = round(time.monotonic() - began, 1) + (done or {}).get("seconds", 0.0)
 
     def outcome() -> dict:
@@ -312,13 +342,13 @@ def run_stage(run: Run, stage: RLStage) -> None:
 
 def _begins(
     run: Run, stage: RLStage, model: LanguageModel, key: jax.Array
-) -> tuple[Callable[[], Params | None], Callable[[], Params] | None, Callable | None]:
-    """What makes the first parameters, the reference and the base, as train.rl.train takes them."""
+) -> tuple[Callable[[], Params | None], Kept]:
+    """What makes the first parameters, and what is read beside them, as train.rl.train takes it."""
     checkpoints = run.workdir.checkpoints
     if stage.lora is not None:
         load = lambda: lora.frozen_base(run.workdir, stage.name, stage.start, run.model)
         base = functools.cache(load)  # it is the reference too
-        return lambda: None, base if stage.algorithm.needs_reference else None, base
+        return lambda: None, Kept(base if stage.algorithm.needs_reference else None, base)
 
     def params() -> Params | None:
         loaded = weights.load(stage.start, model, checkpoints)
@@ -328,7 +358,7 @@ def _begins(
         loaded = weights.load(stage.start, run.model, checkpoints)
         return assemble.random_params(run.model, key) if loaded is None else loaded
 
-    return params, reference if stage.algorithm.needs_reference else None, None
+    return params, Kept(reference if stage.algorithm.needs_reference else None)
 
 
 def _outcome(records: Sequence[dict]) -> dict:

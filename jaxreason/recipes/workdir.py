@@ -14,9 +14,12 @@ from ml_collections import ConfigDict
 from jaxreason.parallel import hosts
 from jaxreason.report.summary import write_whole
 
-# What may differ when a run resumes: how it is executed and watched, the mixture and the length.
+# What may differ when a run resumes: how it is executed and watched, the mixture and the length,
+# how a teacher is reached and how much it is asked at a time.
 _CHANGEABLE = re.compile(
-    r"(mesh|run|log|eval)\..*|(stages\.\w+\.)?(data\.weights\..*|train\.steps)"
+    r"(mesh|run|log|eval)\..*|(stages\.\w+\.)?(data\.weights\..*|train\.steps|save_every|rows"
+    r"|server\.(url|key_variable|concurrency|requests_per_minute|samples_per_request|timeout"
+    r"|max_retries|backoff))"
 )
 _SHARED_WITHIN = 30.0  # seconds in which a file of process 0 must be seen by the others
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

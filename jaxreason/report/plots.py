@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from jaxreason.reasoning.reflect import Summary
+
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LABEL_SIZE = (24, 11)  # points of a short label, with room around it
@@ -215,6 +217,68 @@ def scaling_curves(curves: Sequence[Spending]) -> str:
         _label_points(axes, curves, palette)
         figure.legend(loc="outside lower center", ncols=1 if len(curves) > 2 else 2)
         return _svg(figure)
+
+
+def trace_summaries(summaries: Mapping[str, Summary]) -> str:
+    """Sets of traces side by side: reflection, lengths, and by operations where those are known."""
+    names = list(summaries)
+    palette = Palette(names)
+    known = {name: s.by_operations for name, s in summaries.items() if s.by_operations}
+    with matplotlib.rc_context(_STYLE):
+        height = 1.6 + 0.4 * len(names)
+        rows = 2 if known else 1
+        figure = Figure(figsize=(9.6, height + (3.2 if known else 0)), layout="constrained")
+        grid = figure.add_gridspec(rows, 2, height_ratios=[height, 3.2][:rows])
+        reflection, lengths = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+        pools = list(summaries[names[0]].reflection_ratio)
+        shares = {p: [summaries[name].reflection_ratio[p] for name in names] for p in pools}
+        _bars(reflection, names, {f"{pool} pool": row for pool, row in shares.items()})
+        reflection.set_title("Traces with a word of reflection")
+        reflection.set_xlim(0, 1.0)
+        reflection.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        means = {
+            "correct": [summaries[name].mean_tokens_correct or np.nan for name in names],
+            "wrong": [summaries[name].mean_tokens_wrong or np.nan for name in names],
+        }
+        graded = np.isfinite(np.array(list(means.values()), float)).any()
+        _bars(
+            lengths,
+            names,
+            means if graded else {"all": [s.mean_tokens for s in summaries.values()]},
+        )
+        lengths.set_title("Mean length")
+        lengths.set_yticklabels([])
+        if known:
+            accuracy = figure.add_subplot(grid[1, 0])
+            mistakes = figure.add_subplot(grid[1, 1])
+            for name, groups in known.items():
+                line = [np.nan if g.accuracy is None else g.accuracy for g in groups.values()]
+                accuracy.plot(list(groups), line, **_line(name, palette))
+                stands = [1 - g.no_mistake / g.num_traces for g in groups.values()]
+                mistakes.plot(list(groups), stands, **_line(name, palette))
+            for axes, measured in (
+                (accuracy, "accuracy"),
+                (mistakes, "traces with a mistake left"),
+            ):
+                axes.set_xlabel("operations")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                _percent_y(axes, measured)
+            figure.legend(
+                *accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3
+            )
+        return _svg(figure)
+
+
+def _bars(axes: Axes, names: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
+    """Horizontal bars, a group for each name and in it one for each row, the first on top."""
+    thick = 0.8 / len(rows)
+    for i, (label, values) in enumerate(rows.items()):
+        at = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * thick
+        axes.barh(at, values, thick, label=label, color=_COLORS[i])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(rows))
 
 
 def _label_points(axes: Axes, curves: Sequence[Spending], palette: Palette) -> None:

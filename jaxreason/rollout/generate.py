@@ -34,7 +34,8 @@ def build_generate(
     """`generate(params, prompts, sampling, key)` -> completions[prompt][sample].
 
     `sampling` is one for all prompts or one a prompt. The callbacks `on_tokens` and `on_progress`
-    are called between device calls, and may raise Interrupted to stop.
+    are called between device calls, and may raise Interrupted to stop. `first` completions were
+    drawn before with this key: parts of a list of prompts are then drawn as the whole would be.
 
     Several processes call it together. Each draws a part of the prompts on its own devices, those
     of `model`, its callbacks hear of that part, and all return everything; what is drawn does not
@@ -57,6 +58,7 @@ def build_generate(
         *,
         on_tokens: OnTokens | None = None,
         on_progress: OnProgress | None = None,
+        first: int = 0,
     ) -> list[list[Completion]]:
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
@@ -64,7 +66,7 @@ def build_generate(
         if thinking is None and any(s.thinking for s in samplings):
             raise ValueError("sampling.thinking is set, but the generator knows no thinking ids")
         mine = hosts.share(len(prompts))
-        before = sum(s.num_samples for s in samplings[: mine.start])
+        before = first + sum(s.num_samples for s in samplings[: mine.start])
         return parts.whole(
             channel,
             lambda: draw(
@@ -156,7 +158,8 @@ def _requests(
     """All requests, those with the highest limit first, those of a prompt together.
 
     Samples share their prompt. Where there are fewer prompts than lanes, each lane has its own, and
-    each stream too whose group the samples fill. `before` requests are those of other processes.
+    each stream too whose group the samples fill. `before` requests came earlier, or are those of
+    other processes.
     """
     requests = []
     most = copies = max(s.num_samples for s in samplings)

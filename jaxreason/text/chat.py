@@ -7,6 +7,7 @@ that cannot be, because it rewrites earlier turns as the conversation goes on, i
 training and for nothing else.
 """
 
+import bisect
 import dataclasses
 import datetime
 import itertools
@@ -298,19 +299,45 @@ def encode_prompt(
     return [token for part in parts for token in tokenizer.encode(part)]
 
 
+def encode_to_answer(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    reasoning: str,
+) -> list[int]:
+    """Ids of the prompt and of a whole reasoning: what a sampler draws next is the answer to it.
+
+    Raises ValueError where the template leaves the reasoning out.
+    """
+    mark = "ANSWER"
+    text = template.render_completion(Message("assistant", mark, reasoning=reasoning))
+    before = text.rpartition(mark)[0]
+    if reasoning.strip() not in before:
+        raise ValueError(f"chat template {template.name} leaves out a message's reasoning")
+    return [*encode_prompt(tokenizer, template, messages), *tokenizer.encode(before)]
+
+
 def encode_conversation(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     messages: Sequence[Message],
     train_roles: Sequence[str] = ("assistant",),
+    *,
+    reasoning_weight: float = 1.0,
+    answer_weight: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """ids_T int32 and weights_T float32: 1 where ids_T[t] is to be learnt, 0 elsewhere.
+
+    Of an assistant's turn what is learnt has `reasoning_weight` up to and with the last closing tag
+    (both think tags count as reasoning, and so does a token that ends in the answer), and
+    `answer_weight` after it, the end of the turn included. A turn without the tag is all answer.
 
     An assistant's turn is learnt after its header, or where the template marks it with
     {% generation %}, up to and including the end of the turn (also where that is the padding id)
     and no further: the sampler stops there. Any other trained role is learnt from the first token
-    of its turn. Raises ValueError for an unknown role, for what `layout` refuses, and where an
-    assistant's end token would not be learnt.
+    of its turn. Raises ValueError for an unknown role, for what `layout` refuses, where an
+    assistant's end token would not be learnt, and where weights differ and a template writes a
+    reasoning without the closing tag.
     """
     unknown = [role for role in train_roles if role not in ROLES]
     if unknown:
@@ -335,7 +362,37 @@ def encode_conversation(
                 f"chat template {template.name} does not teach the end of an assistant's turn: no "
                 f"{tokenizer.decode([tokenizer.eos_id])!r} in what is learnt of it"
             )
+    if (reasoning_weight, answer_weight) != (1, 1):
+        answers = (message for message in messages if message.role == "assistant")
+        for (begin, end), message in zip(layout.assistants, answers, strict=True):
+            middle = _end_of_reasoning(tokenizer, template, ids, (at[begin], at[end]), message)
+            weights_T[at[begin] : middle] *= reasoning_weight
+            weights_T[middle : at[end]] *= answer_weight
     return np.array(ids, np.int32), weights_T
+
+
+def _end_of_reasoning(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    ids: Sequence[int],
+    turn: tuple[int, int],
+    message: Message,
+) -> int:
+    """The first id of the answer in ids[begin:end]: the one after the last closing tag.
+
+    Found by decoding, because the tag may be several ids, or end within one.
+    """
+    begin, end = turn
+    closed = lambda stop: tokenizer.decode(ids[begin:stop]).count(template.tags.close)
+    count = closed(end)
+    if count == 0:
+        if message.reasoning:
+            raise ValueError(
+                f"chat template {template.name} writes a reasoning without {template.tags.close}, "
+                "so that it cannot be weighed apart; set chat.think_close to the template's tag"
+            )
+        return begin
+    return bisect.bisect_left(range(begin, end), count, key=closed) + begin
 
 
 def split_reasoning(text: str, tags: ThinkTags = DEFAULT_TAGS) -> tuple[str | None, str]:

@@ -22,7 +22,7 @@ from jaxreason.train.metrics import MetricsWriter, Progress, peak_memory_gib
 from jaxreason.train.optim import Schedule
 from jaxreason.train.step import TrainStep
 from jaxreason.train.trace import Trace, check_steps
-from jaxreason.types import Params, TrainState
+from jaxreason.types import Frozen, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Terminated(SystemExit):
 
 
 def fit(
-    job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen: Params | None = None
+    job: Fit, key: jax.Array, params: Callable[[], Params | None], frozen: Frozen | None = None
 ) -> tuple[TrainState, float]:
     """Train to `config.steps`, resuming from the store's newest checkpoint if it has one.
 
@@ -84,7 +84,7 @@ def fit(
     Args:
       key: the stage's PRNG key.
       params: makes the initial parameters (None: random); called only when nothing is to resume.
-      frozen: what the step reads beside the state and leaves as it is: the base of LoRA adapters.
+      frozen: what the step reads beside the state and leaves as it is.
     """
     config = job.config
 
@@ -165,7 +165,7 @@ def _validation(stage: str) -> str:
 class _Reporter:
     """Writes a step's metrics, and stops the run when too many steps in a row were skipped."""
 
-    def __init__(self, job: Fit, total_tokens: float, frozen: Params | None):
+    def __init__(self, job: Fit, total_tokens: float, frozen: Frozen | None):
         self.job, self.total_tokens, self.frozen = job, total_tokens, frozen
         self.clock, self.tokens, self.steps, self.waited = time.perf_counter(), 0, 0, 0.0
 
@@ -210,7 +210,8 @@ class _Reporter:
         if job.validate is None:
             return
         began = time.perf_counter()
-        values = job.validate(job.model.complete(state.params, self.frozen))
+        base = self.frozen.base if self.frozen else None
+        values = job.validate(job.model.complete(state.params, base))
         job.writer.write(_validation(job.stage), step, values)
         job.progress.say(
             f"{job.stage} {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())

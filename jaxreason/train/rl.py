@@ -26,7 +26,7 @@ from jaxreason.train.groups import Group, Rows, RowsConfig, lay_out_updates, sta
 from jaxreason.train.metrics import MetricsWriter, Progress, peak_memory_gib
 from jaxreason.train.step import TrainStep
 from jaxreason.train.trace import Trace, check_steps
-from jaxreason.types import Batch, Params, PolicyBatch, TrainState
+from jaxreason.types import Batch, Frozen, Params, PolicyBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +98,15 @@ class RL:
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
-    """Parameters that a stage reads and leaves as they are; of LoRA adapters both are the same."""
+class Kept:
+    """What makes the parameters that a stage reads and leaves as they are; None where it has none.
 
-    reference: Params | None  # that the KL is to
-    base: Params | None  # that adapters are added to
+    Of LoRA adapters base and reference are the same.
+    """
+
+    reference: Callable[[], Params] | None = None  # that the KL is to
+    base: Callable[[], Params] | None = None  # that adapters are added to
+    teacher: Callable[[], Params] | None = None  # that is distilled
 
 
 class Mismatch(RuntimeError):
@@ -113,8 +117,7 @@ def train(
     job: RL,
     key: jax.Array,
     params: Callable[[], Params | None],
-    reference: Callable[[], Params] | None = None,
-    base: Callable[[], Params] | None = None,
+    kept: Kept = Kept(),
 ) -> tuple[TrainState, float]:
     """Learn to `config.steps`, resuming from the store's newest checkpoint if it has one.
 
@@ -123,15 +126,15 @@ def train(
     Args:
       key: the stage's PRNG key, of the initial state only; the collector has its own.
       params: makes the initial parameters (None: random); called only when nothing is to resume.
-      reference: makes the frozen reference model's; None when the algorithm reads no KL.
-      base: makes the frozen base of LoRA adapters; None when the weights themselves are trained.
     """
     config = job.config
 
     # --- state: the newest checkpoint, or a fresh one ---------------------------------------------
     done, state, host = _begin(job, key, params)
     pending = Rollout.from_json(host["pending"]) if host["pending"] else None
-    frozen = Frozen(reference and reference(), base and base())
+    made = {"reference": kept.reference, "teacher": kept.teacher}
+    read = {name: make() for name, make in made.items() if make is not None}
+    frozen = Frozen(base=kept.base and kept.base(), read=read)
     whole = lambda params: job.model.complete(params, frozen.base)
 
     def save(done: int, pending: Rollout | None, wait: bool) -> None:
@@ -256,21 +259,23 @@ class _Rollouts:
 # --- learning from one rollout --------------------------------------------------------------------
 
 
-def make_score(model: LanguageModel, policy: PolicyGradient):
-    """jitted `(params, reference, batch) -> {name: float32 [rows, length]}` before the updates.
+def make_score(model: LanguageModel, policy: PolicyGradient, teacher: LanguageModel | None = None):
+    """jitted `(params, read, batch) -> {name: float32 [rows, length]}` before the updates.
 
-    `logprobs` of the targets at the rollout temperature, `ref_logprobs` with a reference, `values`
-    with a value head.
+    `logprobs` of the targets at the rollout temperature, `values` with a value head, and of what is
+    read: `ref_logprobs` with a `reference`, `teacher_logprobs` with a `teacher`, of its own shape.
     """
 
     @jax.jit
-    def score(params: Params, reference: Params | None, batch: Batch) -> dict[str, jax.Array]:
+    def score(params: Params, read: dict[str, Params | None], batch: Batch) -> dict[str, jax.Array]:
         logprobs_BT, _, values_BT = policy.score(model, params, batch)
         scores = {"logprobs": logprobs_BT}
         if values_BT is not None:
             scores["values"] = values_BT
-        if reference is not None:
-            scores["ref_logprobs"] = policy.score(model, reference, batch)[0]
+        if "reference" in read:
+            scores["ref_logprobs"] = policy.score(model, read["reference"], batch)[0]
+        if "teacher" in read:
+            scores["teacher_logprobs"] = policy.score(teacher, read["teacher"], batch)[0]
         # Whole on every device: every process reads all of them.
         return {name: rules.constrain(x, model.mesh, "whole") for name, x in scores.items()}
 
@@ -278,16 +283,18 @@ def make_score(model: LanguageModel, policy: PolicyGradient):
 
 
 def _learn(
-    job: RL, state: TrainState, rollout: Rollout, entropy_coef: float, frozen: Frozen
+    job: RL,
+    state: TrainState,
+    rollout: Rollout,
+    entropy_coef: float,
+    frozen: Frozen,
 ) -> tuple[TrainState, dict[str, float]]:
     """All updates on one rollout, and the means of their metrics."""
     updates = _split(job, rollout)
     rows_U = lay_out_updates(updates, job.rows)
     place = lambda tree: hosts.to_global(job.model.mesh, tree) if job.model.mesh else tree
     whole = job.model.complete(state.params, frozen.base)
-    scores_U = [
-        jax.device_get(job.score(whole, frozen.reference, place(rows.batch))) for rows in rows_U
-    ]
+    scores_U = [jax.device_get(job.score(whole, frozen.read, place(rows.batch))) for rows in rows_U]
     batches = _policy_batches(job, updates, rows_U, scores_U, entropy_coef)
     values = mismatch(
         np.concatenate([b.old_logprobs_BT for b in batches]),
@@ -295,11 +302,13 @@ def _learn(
         np.concatenate([b.weights_BT for b in batches]),
     )
     _check_mismatch(job, rollout, values)
+    if job.algorithm.teacher is not None:
+        values["teacher/kl"] = _gap_to_teacher(batches, scores_U)
     batches = [place(batch) for batch in batches]
     found = []
     for _ in range(job.config.num_iterations):
         for batch in batches:
-            state, metrics = job.train_step(state, batch, frozen.base)
+            state, metrics = job.train_step(state, batch, frozen)
             found.append(metrics)
     found = jax.device_get(found)
     if found[-1]["nonfinite"] >= job.config.max_nonfinite:
@@ -342,18 +351,25 @@ def _policy_batches(
         ref_logprobs_BT=gather("ref_logprobs"),
         values_BT=gather("values"),
     )
+    sampled_CT = [_sampled_logprobs(u, rows.width) for u, rows in zip(updates, rows_U, strict=True)]
+    if job.algorithm.teacher is not None:
+        external_BT = job.algorithm.teacher.advantages(
+            gather("teacher_logprobs"), np.concatenate(sampled_CT), tokens.mask_BT
+        )
+        tokens = dataclasses.replace(tokens, external_BT=external_BT)
     rewards_QR = np.array([group.rewards for update in updates for group in update])
     estimate = advantages(job.algorithm.advantage, rewards_QR, tokens)
     batches, at = [], 0
-    for update, rows, scores in zip(updates, rows_U, scores_U, strict=True):
+    for rows, scores, drawn_CT in zip(rows_U, scores_U, sampled_CT, strict=True):
         mine = slice(at, at + len(rows.size_C))
         at = mine.stop
         fields = {f.name: getattr(rows.batch, f.name) for f in dataclasses.fields(Batch)}
         fields["advantages_BT"] = rows.spread(estimate.advantages[mine])
-        fields["rollout_logprobs_BT"] = rows.spread(_sampled_logprobs(update, rows.width))
+        fields["rollout_logprobs_BT"] = rows.spread(drawn_CT)
         renamed = {"logprobs": "old_logprobs", "values": "old_values"}
         for name, values_BT in scores.items():
-            fields[f"{renamed.get(name, name)}_BT"] = values_BT
+            if name != "teacher_logprobs":  # the advantages hold all that is learnt from them
+                fields[f"{renamed.get(name, name)}_BT"] = values_BT
         if estimate.returns_BT is not None:
             fields["returns_BT"] = rows.spread(estimate.returns_BT[mine])
         weights_BT = rows.batch.weights_BT
@@ -363,6 +379,16 @@ def _policy_batches(
             fields["entropy_coef_B"] = np.full(len(weights_BT), entropy_coef, np.float32)
         batches.append(PolicyBatch(**fields))
     return batches
+
+
+def _gap_to_teacher(
+    batches: Sequence[PolicyBatch], scores_U: Sequence[dict[str, np.ndarray]]
+) -> float:
+    """The mean of log p - log p_teacher over the learnt tokens: an estimate of KL(policy, teacher)
+    for each token, which may be below 0."""
+    of = lambda values: np.concatenate([v[b.weights_BT > 0] for v, b in zip(values, batches)])
+    sampled = of([b.rollout_logprobs_BT for b in batches])
+    return float((sampled - of([s["teacher_logprobs"] for s in scores_U])).mean())
 
 
 def _sampled_logprobs(groups: Sequence[Group], width: int) -> np.ndarray:

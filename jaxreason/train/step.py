@@ -11,9 +11,9 @@ from jaxreason.model.decoder import LanguageModel
 from jaxreason.report.profile import OPTIMIZER_SCOPE
 from jaxreason.train.optim import Schedule
 from jaxreason.train.state import shardings
-from jaxreason.types import Params, TrainState
+from jaxreason.types import Frozen, Params, TrainState
 
-TrainStep = Callable[[TrainState, object, Params | None], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[[TrainState, object, Frozen | None], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
@@ -31,11 +31,11 @@ def make_train_step(
 
     The loss of every term is its sum over the *global* batch divided by its weight over the global
     batch, so neither microbatches nor devices change it. A step whose gradient or loss is not
-    finite changes nothing but the counters. `frozen` (a reference, a teacher, the base of LoRA
-    adapters) is never differentiated.
+    finite changes nothing but the counters. What is `frozen` is never differentiated.
     """
 
     def step_fn(state: TrainState, batch, frozen):
+        frozen = frozen or Frozen()
         weights = objective.weights(batch)
         first = next(iter(weights))  # before any tree.map, which sorts the names
         totals = {name: jnp.where(w > 0, w, 1.0) for name, w in weights.items()}
@@ -43,11 +43,11 @@ def make_train_step(
         pieces = split_microbatches(batch, microbatches, num_shards)
         load_LE = None
         if microbatches > 1 and model.has_experts:
-            load_LE = _expert_load(model, model.complete(state.params, frozen), pieces)
+            load_LE = _expert_load(model, model.complete(state.params, frozen.base), pieces)
 
         def mean_loss(params, piece):
-            whole = model.complete(params, frozen, load_LE)
-            loss = objective.loss(model, whole, frozen, piece)
+            whole = model.complete(params, frozen.base, load_LE)
+            loss = objective.loss(model, whole, frozen.read, piece)
             terms = {name: s / totals[name] for name, (s, _) in loss.terms.items()}
             means = jax.tree.map(lambda s: s / totals[first], loss.metrics)
             if "balance" in terms:
@@ -57,7 +57,8 @@ def make_train_step(
         (loss, means), grads = _accumulated(mean_loss, state.params, pieces, microbatches)
         with jax.named_scope(OPTIMIZER_SCOPE):
             state, own = updated(state, loss, grads)
-        return state, {"loss": loss, **means, **own, "num_tokens": weights[first]}
+        own["num_tokens"] = weights.get("tokens", weights[first])  # of pairs, the tokens in them
+        return state, {"loss": loss, **means, **own}
 
     def updated(state: TrainState, loss, grads):
         """(the state after an update, or as it was where something is not finite; metrics)."""

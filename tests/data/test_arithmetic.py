@@ -3,11 +3,13 @@
 import ast
 import collections
 import dataclasses
+import json
 import random
 import re
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from jaxreason.data import arithmetic, expressions
@@ -164,6 +166,25 @@ def test_long_cot_without_shares_is_the_short_one():
         assert arithmetic.long_cot(tree, random.Random(0), config) == arithmetic.short_cot(tree)
 
 
+def test_a_review_is_all_steps_once_more_before_the_answer():
+    config = dataclasses.replace(
+        PAPER, recheck_share=0, mistake_share=0, review_share=0.6, max_reviews=3
+    )
+    counts = []
+    for seed, tree in enumerate(draw(config, 1_000)):
+        steps = arithmetic.short_cot(tree).split("\n")
+        lines = arithmetic.long_cot(tree, random.Random(seed), config).split("\n")
+        assert lines[: len(steps)] == steps
+        count, rest = divmod(len(lines) - len(steps), len(steps))
+        again = [f"again {step}" for step in steps] * count
+        assert lines[len(steps) :] == again + [f"={tree.value}"] * (count > 0)
+        assert rest == (count > 0)
+        counts.append(count)
+    # 1,000 chains: three standard deviations of a share of 0.6 are 0.046
+    assert np.mean(np.array(counts) > 0) == pytest.approx(0.6, abs=0.05)
+    assert set(counts) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(
     "op, a, b, c, check",
     [
@@ -228,6 +249,19 @@ def test_prepared_directory_is_used_again_but_not_for_another_config(prepared):
         arithmetic.prepare_arithmetic(dataclasses.replace(SMALL, seed=5), prepared)
 
 
+def test_a_directory_from_before_a_setting_had_its_default(tmp_path):
+    arithmetic.prepare_arithmetic(SMALL, tmp_path / "made")
+    file = tmp_path / "made" / "arithmetic.json"
+    older = json.loads(file.read_text())
+    del older["review_share"], older["max_reviews"]
+    file.write_text(json.dumps(older))
+    arithmetic.prepare_arithmetic(SMALL, tmp_path / "made")
+    with pytest.raises(ValueError, match=r"arithmetic.review_share 0.0, not 0.5"):
+        arithmetic.prepare_arithmetic(
+            dataclasses.replace(SMALL, review_share=0.5), tmp_path / "made"
+        )
+
+
 def test_reasoning_by_rendering(prepared):
     record = arithmetic.open_arithmetic(prepared, "train")[0]
     assert arithmetic.reasoning(record, "answer") is None
@@ -248,6 +282,8 @@ def test_reasoning_by_rendering(prepared):
         ("num_train", 0),
         ("recheck_share", 1.5),
         ("mistake_share", -0.1),
+        ("review_share", 2.0),
+        ("max_reviews", 0),
     ],
 )
 def test_config_names_the_field_and_the_value(field, value):

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxreason.data import packing
-from jaxreason.data.packing import PACKINGS, Example, Piece, best_fit_decreasing, lay_out
+from jaxreason.data.packing import PACKINGS, Example, Extras, Piece, best_fit_decreasing, lay_out
 
 PAD = -1  # no document has it
 
@@ -109,7 +110,7 @@ def test_lay_out_golden():
         assert getattr(batch, name).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["first_fit", "per_batch"])
+@pytest.mark.parametrize("name", ["first_fit", "best_fit", "per_batch"])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_document_lies_whole_in_one_row_once(name, seed):
     examples = documents(random_sizes(301, 32, seed))
@@ -140,6 +141,95 @@ def test_first_fit_window_starts_with_the_document_that_did_not_fit(monkeypatch)
     batches = all_batches(packer("first_fit", ListStream(documents([6, 6, 5, 4])), 1, 10))
     rows = [[int(t[0]) // 1000 for t, _, _ in segments_of(batch)] for batch in batches]
     assert rows == [[1], [2], [3, 4]]
+
+
+def test_best_fit_takes_what_its_rows_hold_and_no_more(monkeypatch):
+    monkeypatch.setattr(packing, "OPEN_ROWS", 2)
+    # By their sum 6 7 3 fit into two rows of 10, and by best fit too, exactly so with the 4.
+    stream = ListStream(documents([6, 7, 3, 4, 5, 6]))
+    pieces = packing.fill_best_fit(stream, 2, 10)
+    assert [piece.row for piece in pieces] == [1, 0, 0, 1] and stream.next == 4
+    # 6 6 6 are 18 of 20 places and need three rows: the last one stays.
+    stream = ListStream(documents([6, 6, 6, 2]))
+    assert len(packing.fill_best_fit(stream, 2, 10)) == 2 and stream.next == 2
+
+
+def test_best_fit_is_fuller_than_first_fit_and_deals_long_rows_out():
+    sizes = np.random.default_rng(0).lognormal(3.5, 1, 4000)  # a median of 33, some over 256
+    sizes = np.clip(sizes, 2, 256).astype(int).tolist()
+    batches = {
+        name: all_batches(packer(name, ListStream(documents(sizes)), 8, 256))
+        for name in ("first_fit", "best_fit")
+    }
+    fill = {n: np.mean([b.segments_BT > 0 for b in made[:-8]]) for n, made in batches.items()}
+    assert fill["best_fit"] > fill["first_fit"]
+    counts = [sum(1 for _ in segments_of(batch)) for batch in batches["best_fit"][:-8]]
+    # 30 to 62 documents a batch; 8 to 142 where a batch has neighbouring rows.
+    assert max(counts) < 3 * min(counts)
+
+
+# ----------------------------------------------------------------- pairs, tasks and a teacher
+
+
+@pytest.mark.parametrize("name", ["first_fit", "best_fit", "per_batch"])
+def test_pairs_are_consecutive_segments_of_one_row(name):
+    """The better of pair n has ids 2000 n and on, the worse 2000 n + 1000 and on."""
+    sizes = np.random.default_rng(0).integers(1, 17, (60, 2))
+    better, worse = (
+        [document(2 * n + side, size) for n, size in enumerate(column)]
+        for side, column in enumerate(sizes.T)
+    )
+    pairs = [dataclasses.replace(a, rejected=b) for a, b in zip(better, worse)]
+    seen = []
+    for batch in all_batches(packer(name, ListStream(pairs), 8, 32, num_examples=8)):
+        for row in range(len(batch.tokens_BT)):
+            segments_T = batch.segments_BT[row]
+            firsts = [batch.tokens_BT[row, segments_T == s] for s in range(1, segments_T.max() + 1)]
+            assert len(firsts) % 2 == 0
+            for chosen_T, rejected_T in zip(firsts[::2], firsts[1::2]):
+                number = chosen_T[0] // 2000
+                assert np.array_equal(chosen_T, better[number].ids_T)
+                assert np.array_equal(rejected_T, worse[number].ids_T)
+                seen.append(number)
+        for _, targets_T, weights_T in segments_of(batch):
+            assert targets_T[-1] == PAD and weights_T[-1] == 0  # none reaches into the next
+    assert sorted(seen) == list(range(60))
+
+
+def teacher_of(number, size, k=3):
+    """Rows that tell the document and the place."""
+    ids_TK = (1000 * number + np.arange(size - 1)[:, None] * k + np.arange(k)).astype(np.int32)
+    return lambda: (ids_TK, (-ids_TK / 1024).astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_tasks_and_the_teacher_lie_where_their_documents_do(name):
+    sizes = random_sizes(50, 16)
+    make = lambda n, size, **more: dataclasses.replace(document(n, size), **more)
+    tasked = [make(n, size, task=n % 3) for n, size in enumerate(sizes)]
+    taught = [make(n, size, teacher=teacher_of(n, size)) for n, size in enumerate(sizes)]
+    extra = {"num_examples": 4} if name == "per_batch" else {}
+    make = lambda examples, extras: all_batches(
+        PACKINGS[name](ListStream(examples), 4, 16, PAD, extras=extras, **extra)
+    )
+    plain = all_batches(packer(name, ListStream(tasked), 4, 16))
+    with_tasks, with_teacher = make(tasked, Extras(tasks=True)), make(taught, Extras(top_k=3))
+    assert len(plain) == len(with_tasks) == len(with_teacher) > 5
+    for base, tasks, taught in zip(plain, with_tasks, with_teacher):
+        for field in dataclasses.fields(base):
+            for other in (tasks, taught):
+                assert np.array_equal(getattr(base, field.name), getattr(other, field.name))
+        real_BT = base.segments_BT > 0
+        assert np.array_equal(tasks.tasks_BT, np.where(real_BT, base.tokens_BT // 1000 % 3, 0))
+        # Row t of a document is about id t + 1; its last input has none.
+        place_BT = base.tokens_BT % 1000
+        has_BT = real_BT & (base.targets_BT != PAD)
+        first_BT = np.where(has_BT, base.tokens_BT // 1000 * 1000 + 3 * place_BT, 0)
+        expected = first_BT[..., None] + np.arange(3) * has_BT[..., None]
+        assert np.array_equal(taught.teacher_ids_BTK, expected)
+        logprobs = (-expected / 1024).astype(ml_dtypes.bfloat16)
+        assert np.array_equal(taught.teacher_logprobs_BTK, logprobs)
+        assert taught.teacher_logprobs_BTK.dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize("seed", range(3))

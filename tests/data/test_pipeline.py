@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from jaxreason.data import packing, pipeline
+from jaxreason.data import documents, logits, packing, pipeline
 from jaxreason.data.pipeline import DataConfig, build, evaluation_batches
 from jaxreason.text.tokenizer import ByteTokenizer
-from jaxreason.types import Batch
+from jaxreason.types import Batch, DistillBatch, TaskBatch
 
 TOKENIZER = ByteTokenizer()
 PACKINGS = [
@@ -21,6 +21,7 @@ PACKINGS = [
     dict(packing="concat"),
     dict(packing="per_batch", examples_per_batch=8),
 ]
+BEST_FIT = dict(packing="best_fit")  # first_fit but for the filling of a window
 
 
 def text_of(number):
@@ -149,7 +150,7 @@ def test_arms_of_other_names_and_fields_see_the_same_records(folder):
 # ------------------------------------------------------------------------------------ resume
 
 
-@pytest.mark.parametrize("way", PACKINGS, ids=lambda way: way["packing"])
+@pytest.mark.parametrize("way", [*PACKINGS, BEST_FIT], ids=lambda way: way["packing"])
 def test_the_next_batch_after_a_resume_is_bit_equal(folder, way, monkeypatch):
     """Peer fault 12. The thread is up to three batches ahead of the state."""
     monkeypatch.setattr(packing, "OPEN_ROWS", 6)
@@ -274,6 +275,194 @@ def test_a_long_record_beyond_the_checked_ones_stops_the_run(folder, monkeypatch
     made.close()
 
 
+@pytest.mark.parametrize("way", [PACKINGS[1], BEST_FIT], ids=lambda way: way["packing"])
+def test_too_long_documents_may_be_dropped_and_are_counted(folder, way, monkeypatch):
+    """Of 400 records those of 7 letters and more are over 12 tokens; resume is bit-equal."""
+    monkeypatch.setattr(packing, "OPEN_ROWS", 6)
+    config = config_of(folder, length=24, truncation="drop", max_tokens=12, **way)
+    kept = [n for n in range(400) if len(text_of(n)) < 12]
+    made = build(config, TOKENIZER, folder, num_epochs=1)
+    batches, states = [], [json.dumps(made.get_state())]
+    for batch in made:
+        batches.append(batch)
+        states.append(json.dumps(made.get_state()))
+    if way["packing"] == "concat":
+        joined = "".join(texts(batches)).split("<")[1:]
+        assert sum(map(len, joined)) == sum(len(text_of(n)) - 1 for n in kept)
+    else:
+        assert sorted(numbers(batches)) == kept
+    assert made.stats().dropped == 400 - len(kept) > 100
+    resumed = build(config, TOKENIZER, folder, num_epochs=1)
+    for number in (0, 1, 3, 7):
+        resumed.set_state(json.loads(states[number]))
+        assert_same(list(resumed), batches[number:])
+        assert resumed.stats() == made.stats()
+    with pytest.raises(ValueError) as error:
+        build(dataclasses.replace(config, max_tokens=3), TOKENIZER, folder)
+    assert "data.sources.a: all 400 records have more than 3 tokens" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------- tasks, pairs, traces, a teacher's store
+
+
+def test_two_tasks_of_one_file(folder):
+    """Distilling Step-by-Step's: a prompt for the label and one for the rationale."""
+    path = str(folder / "a.jsonl")
+    config = DataConfig(
+        sources={
+            "label": dict(
+                path=path, prompt_template="predict: {q}|", response_field="a", task="label"
+            ),
+            "why": dict(
+                path=path, prompt_template="explain: {q}|", response_field="q", task="rationale"
+            ),
+        },
+        rows=8,
+        length=96,
+        chat_template="plain",
+    )
+    for batch in take(config, folder, 5):
+        assert isinstance(batch, TaskBatch)
+        tasks = [
+            batch.tasks_BT[row, segments_T == s]
+            for row, segments_T in enumerate(batch.segments_BT)
+            for s in range(1, segments_T.max() + 1)
+        ]
+        for text, task_T in zip(texts([batch]), tasks, strict=True):
+            assert set(task_T) == {1 if text.startswith("predict") else 2}
+        assert not batch.tasks_BT[batch.segments_BT == 0].any()
+
+
+def write_pairs(folder, pairs):
+    lines = [json.dumps(dict(prompt=p, chosen=c, rejected=r)) for p, c, r in pairs]
+    (folder / "p.jsonl").write_text("\n".join(lines))
+
+
+def pair_config(folder, **changes):
+    sources = {"p": dict(kind="preference", path=str(folder / "p.jsonl"))}
+    shape = dict(rows=2, length=64, chat_template="plain", shuffle=False)
+    return DataConfig(sources=sources, **{**shape, **changes})
+
+
+@pytest.mark.parametrize(
+    "way", [PACKINGS[0], BEST_FIT, dict(PACKINGS[2], rows=4)], ids=lambda way: way["packing"]
+)
+def test_pairs_learn_the_answers_only(folder, way):
+    write_pairs(folder, [(f"P{n}=", "A" * (n % 5 + 1), "B" * (n % 7 + 1)) for n in range(40)])
+    for batch in take(pair_config(folder, **way), folder, None, num_epochs=1):
+        found = texts([batch])
+        assert len(found) % 2 == 0
+        for row, segments_T in enumerate(batch.segments_BT):
+            for s in range(1, segments_T.max() + 1):
+                here = segments_T == s
+                weights_T = batch.weights_BT[row, here]
+                assert set(weights_T) == {0, 1}
+                learnt = TOKENIZER.decode(batch.targets_BT[row, here][weights_T == 1].tolist())
+                assert set(learnt.removesuffix("<|im_end|>")) == {"A" if s % 2 else "B"}
+                assert learnt.endswith("<|im_end|>")
+        prompts = [text.split("=")[0] for text in found]
+        assert prompts[::2] == prompts[1::2]
+
+
+def test_earlier_answers_of_a_pair_are_prompt(folder):
+    turns = lambda *texts: [
+        dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)
+    ]
+    write_pairs(folder, [(turns("Q", "first", "R"), turns("", "A")[1:], turns("", "B")[1:])])
+    config = pair_config(folder, chat_template="qwen3", length=512)
+    (batch,) = take(config, folder, None, num_epochs=1)
+    learnt = TOKENIZER.decode(batch.targets_BT[batch.weights_BT == 1].tolist())
+    turn = "<think>\n\n</think>\n\n{}<|im_end|>"
+    assert learnt == turn.format("A") + turn.format("B")
+    assert "first" in texts([batch])[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [((10, 40), (10, 22)), ((40, 10), (22, 10)), ((30, 40), (16, 16)), ((16, 17), (16, 16))],
+)
+def test_pairs_too_long_for_a_row(folder, sizes, kept):
+    """Sizes are tokens of the two documents: one of the prompt, the letters, the end."""
+    letters = [letter * (size - 2) for letter, size in zip("AB", sizes)]
+    write_pairs(folder, [("?", *letters)])
+    config = pair_config(folder, length=32)
+    with pytest.raises(ValueError) as error:
+        build(config, TOKENIZER, folder)
+    assert f"has a pair of {sizes[0]} and {sizes[1]} tokens" in str(error.value)
+    with pytest.raises(ValueError, match="none is left"):
+        build(dataclasses.replace(config, truncation="drop"), TOKENIZER, folder)
+    cut = dataclasses.replace(config, truncation="keep_start")
+    (batch,) = take(cut, folder, None, num_epochs=1)
+    assert tuple(np.bincount(batch.segments_BT.ravel())[1:]) == kept
+    write_pairs(folder, [("?" * 20, *letters)])
+    with pytest.raises(ValueError, match="a prompt of 20 tokens and it leaves no answer"):
+        take(dataclasses.replace(cut, length=36), folder, None, num_epochs=1)
+
+
+def test_traces_of_a_schema_through_the_pipeline(folder):
+    """Counts of what is left out; weights of reasoning and answer; one trace by the run's seed."""
+    trace = lambda n, i: f"<think>\nr{n}.{i}\n</think>\n\na{n}"
+    record = lambda n: {
+        "problem": f"p{n}",
+        "generations": [trace(n, 0), trace(n, 1), "<think>\ncut"],
+        "correctness_math_verify": [n % 4 > 0, n % 4 > 0, True],
+        "is_reasoning_complete": [True] * 3,
+    }
+    (folder / "r1.jsonl").write_text("\n".join(json.dumps(record(n)) for n in range(40)))
+    source = dict(kind="openr1", path=str(folder / "r1.jsonl"), choose="random")
+    shape = dict(rows=4, length=128, shuffle=False, reasoning_weight=0.5, answer_weight=2.0)
+    config = DataConfig(sources={"r1": source}, **shape)
+    made = build(config, TOKENIZER, folder, num_epochs=1)
+    batches = list(made)
+    stats = made.stats()
+    assert (stats.filtered, stats.quarantined, stats.dropped) == (20, 40, 0)
+    for weight, letter in ((0.5, "r"), (2.0, "a")):
+        learnt = "".join(
+            TOKENIZER.decode(b.targets_BT[b.weights_BT == weight].tolist()) for b in batches
+        )
+        assert learnt.count(letter) == 30
+    chosen = lambda seed: [
+        text.split("<think>")[1].split("<")[0]
+        for text in texts(take(dataclasses.replace(config, seed=seed), folder, None, num_epochs=1))
+    ]
+    assert chosen(0) == chosen(0) != chosen(1)
+
+
+def fake_score(ids_T, k=4):
+    """Rows that tell what they are about."""
+    ids_TK = np.asarray(ids_T)[1:, None] + np.arange(k)
+    return ids_TK, -ids_TK / 512.0
+
+
+@pytest.mark.parametrize("way", PACKINGS[:2], ids=lambda way: way["packing"])
+def test_a_teacher_s_store_meets_the_tokens_that_it_scored(folder, way):
+    header = lambda name: logits.Header(
+        vocabulary=TOKENIZER.fingerprint(), source=name, k=4, chunk=16, part_documents=50
+    )
+    base = config_of(folder, "ab", **way)
+    found = documents.open_documents(base, TOKENIZER, folder)
+    for name, ids in found.items():
+        logits.write(folder / "store" / name, ids, fake_score, header(name))
+    config = dataclasses.replace(base, teacher="@store")
+    batches, plain = take(config, folder, 6), take(base, folder, 6)
+    for batch, other in zip(batches, plain):
+        assert isinstance(batch, DistillBatch)
+        assert np.array_equal(batch.targets_BT, other.targets_BT)
+        has_BT = batch.weights_BT > 0
+        expected = batch.targets_BT[..., None] + np.arange(4)
+        assert np.array_equal(batch.teacher_ids_BTK[has_BT], expected[has_BT])
+        logprobs = (-expected / 512.0).astype(batch.teacher_logprobs_BTK.dtype)
+        assert np.array_equal(batch.teacher_logprobs_BTK[has_BT], logprobs[has_BT])
+        assert not batch.teacher_ids_BTK[~has_BT].any()
+    source = dict(path=str(folder / "a.jsonl"), prompt_field="q", response_field="a")
+    other = DataConfig(sources={"a": source}, rows=8, length=128, teacher="@store")
+    with pytest.raises(ValueError) as error:
+        take(other, folder, 1)
+    assert "data.teacher: document 0 has other tokens than those scored" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_malformed_lines_are_counted_and_training_goes_on(folder):
     with open(folder / "a.jsonl", "a") as out:
         out.write('\n{"q": "cut\n')
@@ -305,6 +494,7 @@ def test_close_does_not_hang_and_goes_on_where_it_was(folder):
 
 
 BASE = dict(sources={"a": dict(path="a.jsonl", text_field="q")}, rows=8, length=32)
+PAIRS = {"p": dict(kind="preference", path="p.jsonl")}
 
 
 @pytest.mark.parametrize(
@@ -326,7 +516,7 @@ BASE = dict(sources={"a": dict(path="a.jsonl", text_field="q")}, rows=8, length=
             dict(packing="per_batch", examples_per_batch=6, num_shards=4),
             "data.examples_per_batch = 6 is not a multiple of data.num_shards = 4",
         ),
-        (dict(packing="bfd"), "data.packing is 'bfd'; it must be one of first_fit, concat"),
+        (dict(packing="bfd"), "data.packing is 'bfd'; it must be one of first_fit, best_fit"),
         (dict(packing="per_batch"), "data.examples_per_batch is None"),
         (dict(examples_per_batch=8), "data.examples_per_batch is 8 and data.packing is"),
         (dict(truncation="cut"), "data.truncation is 'cut'; it must be one of error, keep_start"),
@@ -336,6 +526,20 @@ BASE = dict(sources={"a": dict(path="a.jsonl", text_field="q")}, rows=8, length=
         (dict(weights={"b": 1.0}), "data.weights names b and data.sources a"),
         (dict(weights={"a": 0.0}), "data.weights is {'a': 0.0}"),
         (dict(seed=-1), "data.seed is -1"),
+        (dict(max_tokens=33), "data.max_tokens is 33; it must be 2 to data.length = 32"),
+        (dict(reasoning_weight=-1), "data.reasoning_weight is -1; it must be 0 or more"),
+        (dict(reasoning_weight=0, answer_weight=0), "data.reasoning_weight is 0"),
+        (dict(sources=PAIRS, packing="concat"), "data.packing is 'concat', which cuts documents"),
+        (dict(sources=PAIRS, answer_weight=2), "answer_weight 2; the tokens of pairs all weigh 1"),
+        (dict(sources=PAIRS, teacher="t"), "data has pairs and data.teacher"),
+        (
+            dict(sources={**BASE["sources"], **PAIRS}),
+            "data.sources.a has not pairs, as others of data.sources have",
+        ),
+        (
+            dict(sources={"a": dict(path="a", text_field="q", task="labels")}),
+            "data.sources.a.task is 'labels'; known: label, rationale",
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(changes, says):

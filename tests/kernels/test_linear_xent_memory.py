@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxreason.kernels import linear_xent
+from jaxreason.kernels import linear_distill, linear_xent
 from jaxreason.model.config import PRESETS
 from jaxreason.parallel import chips
 
@@ -65,7 +65,48 @@ def kl(h, w, targets, weights, teacher_h, teacher_w, beta=0.0):
     return linear_xent.linear_kl(h, w, teacher_h, teacher_w, weights, beta=beta)
 
 
-LOSSES = {"xent": (xent, plain_xent), "logprobs": (logprobs, plain_logprobs), "kl": (kl, plain_kl)}
+MIX = linear_distill.Mix(beta=0.5, nll_coef=0.5)
+
+
+def distill(h, w, targets, weights, teacher_h, teacher_w):
+    rows = targets, weights
+    return linear_distill.linear_distill(h, w, teacher_h, teacher_w, *rows, MIX)[0]
+
+
+def plain_distill(h, w, targets, weights, teacher_h, teacher_w):
+    log_p_TV, log_q_TV = log_softmax(teacher_h, teacher_w), log_softmax(h, w)
+    log_m_TV = jnp.logaddexp(log_p_TV, log_q_TV) - math.log(2)
+    kl_TV = jnp.exp(log_p_TV) * (log_p_TV - log_m_TV) + jnp.exp(log_q_TV) * (log_q_TV - log_m_TV)
+    return (weights * (kl_TV.sum(-1) - picked(log_q_TV, targets))).sum() / 2
+
+
+def stored(targets, weights):
+    """Some 64 ids a row and log-probs of them."""
+    ids_TK = (targets[:, None] + jnp.arange(64)) % V
+    return ids_TK, jnp.broadcast_to(-5 - weights[:, None], ids_TK.shape).astype(jnp.bfloat16)
+
+
+def topk(h, w, targets, weights, teacher_h, teacher_w):
+    known = stored(targets, weights)
+    return linear_distill.linear_topk_distill(h, w, *known, targets, weights)[0]
+
+
+def plain_topk(h, w, targets, weights, teacher_h, teacher_w):
+    ids_TK, log_p_TK = stored(targets, weights)
+    p_TK = jnp.exp(log_p_TK.astype(jnp.float32))
+    q_TK = jnp.exp(jnp.take_along_axis(log_softmax(h, w), ids_TK, 1))
+    p_tail, q_tail = 1 - p_TK.sum(-1), 1 - q_TK.sum(-1)
+    kl_T = (p_TK * jnp.log(p_TK / q_TK)).sum(-1) + p_tail * jnp.log(p_tail / q_tail)
+    return (weights * kl_T).sum()
+
+
+LOSSES = {
+    "xent": (xent, plain_xent),
+    "logprobs": (logprobs, plain_logprobs),
+    "kl": (kl, plain_kl),
+    "distill": (distill, plain_distill),
+    "topk": (topk, plain_topk),
+}
 
 
 def compiled(loss, chip: str, rows: int, vocab: int, dim: int, gradients: bool = True):

@@ -7,6 +7,7 @@ import pytest
 from jaxreason.objectives.advantage import (
     ESTIMATORS,
     Advantage,
+    TeacherAdvantage,
     TokenArrays,
     advantages,
     mismatch,
@@ -117,6 +118,29 @@ def test_external_advantages_are_given_for_each_token():
     tokens = TokenArrays(mask_BT, external_BT=external_BT)
     got = advantages(Advantage("external"), np.zeros((1, 1)), tokens).advantages
     np.testing.assert_array_equal(got, np.float32([[0.5, -2.0, 0.0]]))
+
+
+def test_a_teachers_advantages_are_added_to_the_rewards():
+    external_BT, mask_BT = np.array([[0.5, -2.0, 7.0], [1.0, 0.0, 0.0]]), np.array([[1, 1, 0]] * 2)
+    tokens = TokenArrays(mask_BT, external_BT=external_BT)
+    got = advantages(Advantage("dr_grpo"), np.array([[1.0, 0.0]]), tokens).advantages
+    np.testing.assert_allclose(got, [[1.0, -1.5, 0.0], [0.5, -0.5, 0.0]])
+
+
+def test_a_teacher_scores_every_token_for_itself_or_what_comes_after():
+    teacher, sampled = np.log([[0.5, 0.2, 0.9]]), np.log([[0.25, 0.4, 0.1]])
+    mask_BT = np.array([[1, 1, 0]])
+    gaps = np.log([2.0, 0.5])
+    of = lambda **fields: TeacherAdvantage(**fields).advantages(teacher, sampled, mask_BT)[0]
+    np.testing.assert_allclose(of(coef=2.0), [2 * gaps[0], 2 * gaps[1], 0])
+    np.testing.assert_allclose(of(gamma=0.9), [gaps[0] + 0.9 * gaps[1], gaps[1], 0])
+    # MiniLLM: divided by the tokens that are left, of which padding is none (fault 8).
+    normed = [(gaps[0] + 0.9 * gaps[1]) / 2, gaps[1], 0]
+    np.testing.assert_allclose(of(gamma=0.9, length_norm=True), normed)
+    whitened = of(gamma=0.9, length_norm=True, whiten=True)
+    np.testing.assert_allclose(whitened, [1, -1, 0])
+    with pytest.raises(ValueError, match=r"train.teacher.gamma is 2; it must be in"):
+        TeacherAdvantage(gamma=2)
 
 
 def test_one_completion_a_prompt_has_no_group():

@@ -22,7 +22,11 @@ def plan(monkeypatch, **changes) -> rl.RLStage:
 
 
 MISTAKES = {
-    "train.advantage.estimator=external": r"estimator is 'external', which is for",
+    "train.advantage.estimator=external": r"estimator is external, which leaves .* to a teacher",
+    "train.algorithm=opd": r"train\.teacher\.from is empty, and train\.algorithm = opd learns from",
+    "train.teacher.coef=0.5": r"train\.teacher\.coef is 0\.5, but train\.teacher\.from is empty",
+    "train.teacher.from=random": r"train\.teacher\.from is 'random'; a teacher is",
+    "train.teacher.from=/no/where": r"train\.teacher\.from is '/no/where'; .* no config\.json",
     "rollout.num_generations=1": r"rollout\.num_generations is 1; .* at least 2",
     "rollout.slots=0": r"rollout\.slots is 0; it must be at least 1",
     "rollout.mesh.tensor=3": r"rollout\.mesh: .*tensor",
@@ -41,6 +45,17 @@ def test_what_cannot_run_is_named(monkeypatch, flag):
     with pytest.raises(ValueError, match=MISTAKES[flag]) as error:
         plan(monkeypatch, **{key: value})
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_alone_needs_no_groups_and_no_rewards_that_differ(monkeypatch):
+    opd = {"train.algorithm": "opd", "train.teacher.from": "@big", "rollout.num_generations": "1"}
+    with pytest.raises(ValueError, match=r"filter_zero_std is true and .*estimator external"):
+        plan(monkeypatch, **opd, **{"rollout.filter_zero_std": "true"})
+    stage = plan(monkeypatch, **opd, **{"rollout.filter_zero_std": "false"})
+    assert (stage.teacher.stage, stage.algorithm.teacher.coef) == ("big", 1.0)
+    mixed = plan(monkeypatch, **{"train.teacher.from": "@big", "train.teacher.coef": "0.1"})
+    assert mixed.algorithm.advantage.estimator != "external"
+    assert mixed.algorithm.teacher.coef == 0.1
 
 
 def test_one_completion_a_prompt_is_for_estimators_without_groups(monkeypatch):

@@ -58,6 +58,19 @@ def test_the_same_key_repeats_and_another_does_not():
     assert all(a.ids != b.ids for a, b in zip(flat(first), flat(other)) if a.num_tokens > 3)
 
 
+def test_parts_of_the_prompts_are_drawn_as_the_whole_is():
+    key, sampling = jax.random.key(0), Sampling(max_tokens=16, num_samples=8)
+    wholes = flat(samples())  # first: the parts then run the same programs
+    parts = [
+        generator()(tiny_params(), PROMPTS[begin : begin + 1], sampling, key, first=begin * 8)
+        for begin in range(3)
+    ]
+    for c, whole in zip(flat(group for part in parts for group in part), wholes):
+        assert (c.ids, c.text, c.truncated) == (whole.ids, whole.text, whole.truncated)
+        # Other rows beside it: the same sums in another order, 1e-5 in a log-probability.
+        np.testing.assert_allclose(c.logprobs, whole.logprobs, atol=1e-4)
+
+
 def test_stop_ids_end_a_completion_and_stay_in_its_ids():
     stops = (10, 11, 12, 13, 14, 15)
     plain, stopped = flat(samples(ignore_eos=True)), flat(samples(ignore_eos=True, stop_ids=stops))

@@ -1,5 +1,6 @@
 """Chat templates: the role mask, exact prefixes, the same text as transformers."""
 
+import itertools
 import json
 import pickle
 
@@ -87,6 +88,20 @@ def test_training_ids_are_the_prompt_then_the_completion(messages, name, qwen3):
             assert weights[len(prompt)] == 1
 
 
+@TEMPLATES
+def test_an_answer_is_asked_for_right_after_a_whole_reasoning(name):
+    """Every word of a prefix of the thinking, its end, and nothing of the answer."""
+    tokenizer = ByteTokenizer()
+    template = chat.template_for(name, tokenizer)
+    user, thought = Message("user", "20 * 1?"), "two tens\nANSWER: 20"
+    asked = chat.encode_to_answer(tokenizer, template, [user], thought)
+    whole, _ = chat.encode_conversation(
+        tokenizer, template, [user, Message("assistant", "20", reasoning=thought)]
+    )
+    rest = tokenizer.encode("20" + template.eos)
+    assert asked + rest == whole[: len(asked) + len(rest)].tolist()
+
+
 @CASES
 @TEMPLATES
 def test_only_completions_are_learnt_and_all_of_them_with_their_end(messages, name, qwen3):
@@ -99,6 +114,58 @@ def test_only_completions_are_learnt_and_all_of_them_with_their_end(messages, na
         completions = [template.render_completion(m) for m in messages if m.role == "assistant"]
         # The line break after the end token is written by the format, not drawn by the sampler.
         assert learnt == "".join(text.removesuffix("\n") for text in completions)
+
+
+@CASES
+@TEMPLATES
+def test_reasoning_and_answer_weigh_apart(messages, name, qwen3):
+    """Tags are the reasoning's, the end of the turn is the answer's, and no id is another."""
+    for tokenizer in (ByteTokenizer(), qwen3):
+        template = chat.template_for(name, tokenizer)
+        ids, learnt = chat.encode_conversation(tokenizer, template, messages)
+        weighed, weights = chat.encode_conversation(
+            tokenizer, template, messages, reasoning_weight=0.25, answer_weight=3
+        )
+        assert np.array_equal(ids, weighed)
+        assert np.array_equal(weights > 0, learnt > 0)
+        expected = []
+        for message in messages:
+            if message.role != "assistant":
+                continue
+            text = template.render_completion(message)
+            end = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
+            drawn = text[: text.index("<|im_end|>") + len("<|im_end|>")]
+            expected.append((drawn[:end], drawn[end:]))
+        # Neighbours of one weight are one span: those of each turn, in order.
+        bounds = np.flatnonzero(np.diff(weights, prepend=0, append=0))
+        spans = [
+            (weights[a], tokenizer.decode(ids[a:b].tolist())) for a, b in itertools.pairwise(bounds)
+        ]
+        spans = [(weight, text) for weight, text in spans if weight]
+        flat = [pair for both in expected for pair in zip((0.25, 3), both) if pair[1]]
+        assert spans == flat
+        assert all(text.endswith("<|im_end|>") for weight, text in spans if weight == 3)
+
+
+def test_weights_of_zero_and_templates_without_the_tag(tmp_path):
+    tokenizer = ByteTokenizer()
+    template = chat.template_for("qwen3", tokenizer)
+    messages = CONVERSATIONS["single"]
+    ids, weights = chat.encode_conversation(tokenizer, template, messages, reasoning_weight=0)
+    assert tokenizer.decode(ids[weights > 0].tolist()) == "\n\n42<|im_end|>"
+    ids, weights = chat.encode_conversation(tokenizer, template, messages, answer_weight=0)
+    learnt = tokenizer.decode(ids[weights > 0].tolist())
+    assert learnt == "<think>\n17 + 25 = 42.\nYes.\n</think>"
+    jinja = tmp_path / "tagless.jinja"
+    jinja.write_text(
+        "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.reasoning_content }}"
+        "{{ m.content }}<|im_end|>\n{%- endfor -%}"
+        "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+    )
+    tagless = chat.template_for(str(jinja), tokenizer)
+    assert chat.encode_conversation(tokenizer, tagless, messages)[1].any()
+    with pytest.raises(ValueError, match="without </think>, so that it cannot be weighed apart"):
+        chat.encode_conversation(tokenizer, tagless, messages, answer_weight=0)
 
 
 @TEMPLATES

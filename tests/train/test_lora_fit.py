@@ -32,7 +32,7 @@ from jaxreason.train.groups import RowsConfig
 from jaxreason.train.metrics import MetricsWriter, Progress
 from jaxreason.train.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxreason.train.step import make_train_step
-from jaxreason.types import Prompt, Sampling
+from jaxreason.types import Frozen, Prompt, Sampling
 
 STEPS = 6
 TOKENIZER = ByteTokenizer()
@@ -108,7 +108,7 @@ def fine_tune(workdir, data, steps=STEPS):
             store=store, writer=writer, progress=quiet(),
             validate=lambda params: {"eval/loss": float(held_out_loss(params, first))},
         )  # fmt: skip
-        state, _ = fit(job, jax.random.key(3), lambda: None, base())
+        state, _ = fit(job, jax.random.key(3), lambda: None, Frozen(base=base()))
     writer.close()
     batches.close()
     return state
@@ -165,7 +165,7 @@ def reinforce(workdir, **changes):
             score=rl.make_score(MODEL, ALGORITHM.policy), collector=collector, store=store,
             writer=writer, progress=quiet(), samples=workdir / "samples.jsonl", seed=0,
         )  # fmt: skip
-        state, _ = rl.train(job, jax.random.key(0), lambda: None, base, base)
+        state, _ = rl.train(job, jax.random.key(0), lambda: None, rl.Kept(base, base))
     writer.close()
     return state
 

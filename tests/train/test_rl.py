@@ -80,7 +80,7 @@ JOB = dict(
 )  # fmt: skip
 
 
-def run(workdir, *, collect=None, params=first_params, reference=None, **changes):
+def run(workdir, *, collect=None, params=first_params, kept=rl.Kept(), **changes):
     """rl.train() in this workdir, everything but the compiled parts built anew.
 
     `changes` are fields of the RLConfig or of the RL job.
@@ -99,7 +99,7 @@ def run(workdir, *, collect=None, params=first_params, reference=None, **changes
                 progress=Progress(rich.console.Console(file=io.StringIO())),
                 samples=workdir / "samples.jsonl",
             )  # fmt: skip
-            return rl.train(whole, jax.random.key(0), params, reference)
+            return rl.train(whole, jax.random.key(0), params, kept)
     finally:
         writer.close()
 
@@ -404,7 +404,7 @@ def test_algorithms_with_a_reference_or_a_critic(tmp_path, name):
     )
     state, _ = run(
         tmp_path, algorithm=algorithm, model=model, optimizer=optimizer, train_step=step,
-        score=rl.make_score(model, algorithm.policy), reference=first_params,
+        score=rl.make_score(model, algorithm.policy), kept=rl.Kept(first_params),
         params=lambda: model.with_value_head(first_params()), steps=2, updates=1,
     )  # fmt: skip
     first, second = log(tmp_path)
@@ -434,3 +434,38 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path):
 def test_impossible_numbers_are_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         rl.RLConfig(**{**dict(steps=1), **fields})
+
+
+# --- a teacher ------------------------------------------------------------------------------------
+
+
+TEACHER = tiny_model(vocab_size=TOKENIZER.vocab_size, num_layers=2, embed_dim=24)
+OPD = PRESETS["opd"]
+OPD_STEP = make_train_step(
+    MODEL, OPD.policy, OPTIMIZER,
+    make_schedule(OptimizerConfig(learning_rate=3e-2, schedule="constant"), 12), clip_norm=1.0,
+)  # fmt: skip
+
+
+def distil(workdir, teacher, params, steps=12, **changes):
+    score = rl.make_score(MODEL, OPD.policy, teacher)
+    job = dict(algorithm=OPD, score=score, train_step=OPD_STEP, updates=1, steps=steps)
+    collect = collector(filter_zero_std=False, num_prompts=32)
+    run(workdir, collect=collect, kept=rl.Kept(teacher=params), **job | changes)
+    return log(workdir)
+
+
+def test_on_policy_distillation_moves_the_policy_to_a_teacher_of_another_shape(tmp_path):
+    """The rewards of `even_start` count for nothing. Seen to fail with the gap's sign turned."""
+    # A teacher with an opinion: random parameters, its logits three times as large.
+    params = jax.jit(TEACHER.init)(jax.random.key(5))
+    params["final_norm"] = params["final_norm"] + 2.0
+    records = distil(tmp_path, TEACHER, lambda: params)
+    gaps = [record["teacher/kl"] for record in records]
+    assert np.mean(gaps[-3:]) < 0.8 * np.mean(gaps[:3]), gaps
+
+
+def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn(tmp_path):
+    records = distil(tmp_path, MODEL, first_params, steps=1)
+    assert abs(records[0]["teacher/kl"]) < 1e-5
+    assert records[0]["grad_norm"] < 1e-4  # 2.4 or so with another teacher

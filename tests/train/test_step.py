@@ -21,7 +21,7 @@ from jaxreason.parallel.mesh import make_mesh
 from jaxreason.train import state as state_lib
 from jaxreason.train.optim import OptimizerConfig, make_optimizer
 from jaxreason.train.step import make_train_step, split_microbatches
-from jaxreason.types import Loss, TrainState
+from jaxreason.types import Frozen, Loss, TrainState
 
 # --- an objective of a few lines: the step's own arithmetic, without a network --------------------
 
@@ -34,7 +34,7 @@ class Quadratic:
 
     def loss(self, model, params, frozen, batch):
         out_B = batch["x"] @ params["w"]
-        anchor = 0.0 if frozen is None else frozen["w"]
+        anchor = frozen.get("w", 0.0)
         square = (batch["weight"] * (out_B - batch["y"] - anchor) ** 2).sum()
         small = (batch["chosen"] * out_B**2).sum()
         return Loss(
@@ -152,11 +152,11 @@ def test_the_schedule_multiplies_the_update_at_the_states_own_step():
 
 def test_frozen_parameters_are_read_and_survive():
     """Never donated, never differentiated: the caller's arrays live on and do not change."""
-    frozen = {"w": jnp.float32(2.0)}
+    frozen = Frozen(read={"w": jnp.float32(2.0)})
     step = quadratic_step()
     state, with_frozen = step(fresh(optax.sgd(1.0)), rows(), frozen)
     step(state, rows(), frozen)
-    assert not frozen["w"].is_deleted() and frozen["w"] == 2.0
+    assert not frozen.read["w"].is_deleted() and frozen.read["w"] == 2.0
     _, without = quadratic_step()(fresh(optax.sgd(1.0)), rows(), None)
     assert with_frozen["loss"] != without["loss"]
 

@@ -1,0 +1,260 @@
+"""Pruning of long chains of thought to the shortest prefix that the student still answers from.
+
+Efficient Long CoT (Wang et al. 2025, arXiv 2505.18440). V(k) asks the student itself for the answer
+from the question and the first k steps alone. `binary` assumes that once there is enough in the
+prefix, more does not hurt (monotone validity): it halves the prefix while the student still answers
+right and backtracks upward where it does not. `exhaustive` asks every prefix, and so knows the
+smallest valid one and whether validity is monotone.
+
+Every trace is a small state machine whose state is its answers; all are in flight at once, so that
+one round is one large batch for the student. Beside it the baselines: the first correct solution,
+the shortest correct sample of several, and a random cut.
+"""
+
+import collections
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Question = tuple[int, int]  # (number of the trace, how many of its steps the student sees)
+IsValid = Callable[[list[Question]], Sequence[bool]]  # one answer a question, in order
+
+METHODS = ("binary", "exhaustive")
+NO_STEPS = "no steps"
+FULL_NOT_VALID = "full trace not valid"
+NO_SOLUTION = "no step has the answer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """What became of one trace: `steps[:kept]`, or why it was dropped (exactly one of the two)."""
+
+    num_steps: int
+    kept: int | None
+    dropped: str | None = None
+    asked: tuple[tuple[int, bool], ...] = ()  # (steps kept, whether valid), in the order asked
+
+    @property
+    def monotone(self) -> bool | None:
+        """Whether no valid prefix has an invalid longer one; None where not all were asked."""
+        valid = [answer for _, answer in sorted(self.asked)]
+        return valid == sorted(valid) if len(valid) == self.num_steps else None
+
+
+class Search:
+    """The questions of all traces and their answers: a state machine that can be saved.
+
+    Args:
+      num_steps: how many steps each trace has.
+      method: `binary` asks V(n), then one halving a round, at most ceil(log2 n) + 1 questions a
+        trace; `exhaustive` asks all n prefixes, in one round.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+
+    def __init__(self, num_steps: Sequence[int], method: str = "binary"):
+        if method not in METHODS:
+            raise ValueError(f"prune.method is {method!r}; it must be one of {', '.join(METHODS)}")
+        self.method = method
+        self.num_steps = tuple(num_steps)
+        self._asked: list[dict[int, bool]] = [{} for _ in self.num_steps]
+        self._open = [self._first(n) for n in self.num_steps]  # of each trace
+
+    def questions(self) -> list[Question]:
+        """What is to be asked now: of `binary` one question of every trace that goes on."""
+        return [(trace, kept) for trace, wanted in enumerate(self._open) for kept in wanted]
+
+    def answer(self, trace: int, kept: int, valid: bool) -> None:
+        """Takes one answer; answers of a round may come in any order, and partly.
+
+        Raises ValueError for a question that is not open.
+        """
+        if not 0 <= trace < len(self._open) or kept not in self._open[trace]:
+            raise ValueError(f"prune: ({trace}, {kept}) is no open question of this search")
+        self._asked[trace][kept] = bool(valid)
+        self._open[trace].remove(kept)
+        if self.method == "binary" and self._asked[trace][self.num_steps[trace]]:
+            low, high = _bounds(self._asked[trace])
+            self._open[trace] = [(low + high) // 2] if low < high else []
+
+    def results(self) -> list[Pruned]:
+        """Of every trace. Raises ValueError while questions are open."""
+        if count := sum(map(bool, self._open)):
+            raise ValueError(f"prune: {count} traces still have open questions")
+        return [self._result(i) for i in range(len(self.num_steps))]
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON: the method, the lengths, and the answers in the order they were asked for."""
+        asked = [[[kept, valid] for kept, valid in answers.items()] for answers in self._asked]
+        return {"method": self.method, "num_steps": list(self.num_steps), "asked": asked}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `get_state`.
+
+        Raises ValueError where it is of another search: method, lengths or questions differ.
+        """
+        for name in ("method", "num_steps"):
+            own = self.get_state()[name]
+            if state[name] != own:
+                raise ValueError(
+                    f"the state of a pruning has {name} {_brief(state[name])}, not {_brief(own)}: "
+                    "it is of other traces or another segmentation"
+                )
+        fresh = Search(self.num_steps, self.method)
+        for trace, answers in enumerate(state["asked"]):
+            for kept, valid in answers:
+                fresh.answer(trace, kept, valid)
+        self._asked, self._open = fresh._asked, fresh._open
+
+    def _first(self, n: int) -> list[int]:
+        return list(range(n, 0, -1)) if self.method == "exhaustive" else [n] if n else []
+
+    def _result(self, trace: int) -> Pruned:
+        n, answers = self.num_steps[trace], self._asked[trace]
+        asked = tuple(answers.items())
+        if n == 0:
+            return Pruned(n, None, NO_STEPS)
+        if not answers[n]:
+            return Pruned(n, None, FULL_NOT_VALID, asked)
+        return Pruned(n, min(kept for kept, valid in asked if valid), None, asked)
+
+
+def _bounds(asked: Mapping[int, bool]) -> tuple[int, int]:
+    """Where the cut is looked for: above every invalid prefix, up to the shortest valid one.
+
+    Every question lies between the bounds of its time, so with monotone validity or without, an
+    answer moves exactly one of them and the upper one was itself answered valid.
+    """
+    low = 1 + max((kept for kept, valid in asked.items() if not valid), default=0)
+    return low, min(kept for kept, valid in asked.items() if valid)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def prune(
+    traces: Sequence[Sequence[str]],
+    is_valid: IsValid,
+    *,
+    method: str = "binary",
+    state: Mapping[str, Any] | None = None,
+    on_round: Callable[[Search], None] | None = None,
+) -> list[Pruned]:
+    """Prunes all traces, each a list of steps, with one call of `is_valid` a round.
+
+    Args:
+      is_valid: whether the student answers right from the first `kept` steps of a trace; it gets
+        the questions of a round, [(trace, kept)], and returns one answer each.
+      state: of an interrupted search on the same traces; what it asked is not asked again.
+      on_round: called after every round, e.g. to save `get_state()` and to show progress.
+
+    Raises:
+      ValueError: is_valid returned another number of answers, or the state is of another search.
+    """
+    search = Search([len(steps) for steps in traces], method)
+    if state is not None:
+        search.set_state(state)
+    while questions := search.questions():
+        answers = list(is_valid(questions))
+        if len(answers) != len(questions):
+            raise ValueError(
+                f"prune: is_valid returned {len(answers)} answers to {len(questions)} questions"
+            )
+        for (trace, kept), valid in zip(questions, answers):
+            search.answer(trace, kept, valid)
+        if on_round is not None:
+            on_round(search)
+    return search.results()
+
+
+# ---------------------------------------------------------------------------------- baselines
+
+
+def first_correct_solution(steps: Sequence[str], has_answer: Callable[[str], bool]) -> Pruned:
+    """Cut after the first step that has the answer (FCS); dropped where none has it."""
+    if not steps:
+        return Pruned(0, None, NO_STEPS)
+    kept = next((k for k, step in enumerate(steps, 1) if has_answer(step)), None)
+    return Pruned(len(steps), kept, NO_SOLUTION if kept is None else None)
+
+
+def shortest_correct(num_tokens: Sequence[int], correct: Sequence[bool]) -> int | None:
+    """Which of the samples of one question is the shortest right one: the first of equals."""
+    lengths = [
+        (n, i) for i, (n, right) in enumerate(zip(num_tokens, correct, strict=True)) if right
+    ]
+    return min(lengths)[1] if lengths else None
+
+
+def random_cut(num_steps: int, seed: int, trace: int) -> Pruned:
+    """1 to num_steps steps kept, equally often; a function of the seed and the trace's number."""
+    if num_steps == 0:
+        return Pruned(0, None, NO_STEPS)
+    return Pruned(num_steps, random.Random(f"{seed} {trace}").randint(1, num_steps))
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a pruning did. Shares are in [0, 1]; None where there is nothing to divide by."""
+
+    num_traces: int
+    num_kept: int
+    dropped: dict[str, int]  # reason -> traces
+    kept_steps: float | None  # share of the steps of the kept traces that are left
+    kept_tokens: float | None  # share of their tokens
+    tokens_before: float | None  # mean of the kept traces, full
+    tokens_after: float | None  # the same traces, pruned
+    halved: float | None  # share of the kept traces that lost more than half of their tokens
+    questions: int  # asked of the student, all traces together
+    max_questions: int  # of one trace
+    # Of each tenth of a trace: (questions that kept that much of it, share answered valid). The
+    # binary search asks where it expects the cut: only `exhaustive` gives all positions alike.
+    by_position: tuple[tuple[int, float | None], ...]
+    non_monotone: float | None  # share of the traces of which every prefix was asked
+
+
+def report(results: Sequence[Pruned], step_tokens: Sequence[Sequence[int]]) -> Report:
+    """Sums up a pruning or a baseline.
+
+    Args:
+      step_tokens: the number of tokens of every step of every trace.
+
+    Raises:
+      ValueError: `step_tokens` is not of these traces.
+    """
+    lengths = [len(tokens) for tokens in step_tokens]
+    if lengths != [result.num_steps for result in results]:
+        raise ValueError("prune: step_tokens has other numbers of steps than the results")
+    kept = [(r, t) for r, t in zip(results, step_tokens) if r.kept is not None]
+    before = [sum(tokens) for _, tokens in kept]
+    after = [sum(tokens[: result.kept]) for result, tokens in kept]
+    asked: list[list[bool]] = [[] for _ in range(10)]
+    for result in results:
+        for k, valid in result.asked:
+            asked[(10 * k - 1) // result.num_steps].append(valid)
+    known = [result.monotone for result in results if result.monotone is not None and result.asked]
+    return Report(
+        num_traces=len(results),
+        num_kept=len(kept),
+        dropped=dict(collections.Counter(r.dropped for r in results if r.dropped is not None)),
+        kept_steps=_ratio(sum(r.kept for r, _ in kept), sum(r.num_steps for r, _ in kept)),
+        kept_tokens=_ratio(sum(after), sum(before)),
+        tokens_before=_ratio(sum(before), len(kept)),
+        tokens_after=_ratio(sum(after), len(kept)),
+        halved=_ratio(sum(2 * b < a for a, b in zip(before, after)), len(kept)),
+        questions=sum(len(result.asked) for result in results),
+        max_questions=max((len(result.asked) for result in results), default=0),
+        by_position=tuple((len(row), _ratio(sum(row), len(row))) for row in asked),
+        non_monotone=_ratio(known.count(False), len(known)),
+    )
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b else None

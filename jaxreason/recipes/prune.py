@@ -1,0 +1,359 @@
+"""The stage of kind `prune`: long traces become the shortest prefix that the student answers from.
+
+Efficient Long CoT (arXiv 2505.18440), by reasoning/prune.py. The student itself is asked for the
+answer after the first k steps of a trace: the checkpoint that the stage starts from, greedily, all
+traces of a batch at once. Three files come of it in the run's data folder:
+
+  STAGE.all.jsonl    every trace, its steps and what the student said; grows by whole batches
+  STAGE.jsonl        the pruned traces, to be trained on by path="@STAGE"
+  STAGE.pairs.jsonl  chosen: the pruned trace, rejected: the full one, where they differ (DPO)
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxreason.data import sources as sources_lib
+from jaxreason.parallel import hosts
+from jaxreason.reasoning import prune as search
+from jaxreason.reasoning.prune import Pruned, Question
+from jaxreason.reasoning.segment import Segmentation, segment
+from jaxreason.recipes import assemble, checkpoints, evaluation, trace_files, weights
+from jaxreason.recipes.run import Run
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.report.summary import iterate_lines, write_whole
+from jaxreason.rewards import mix
+from jaxreason.text import chat
+from jaxreason.text.tokenizer import Tokenizer
+from jaxreason.types import Prompt, Sampling
+
+METHODS = (*search.METHODS, "first_correct", "random")
+NO_REASONING = "no reasoning"  # why a record is dropped before any step is looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneStage:
+    """What can be checked of the stage before anything is built."""
+
+    name: str
+    section: ConfigDict
+    start: checkpoints.Checkpoint  # the student
+    sources: dict[str, sources_lib.SourceConfig]
+    segmentation: Segmentation
+    rewards: dict[str, mix.RewardConfig]
+    sampling: Sampling
+
+    @property
+    def length(self) -> int:
+        return self.sampling.max_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """One record: a question, the steps of a trace, and the answer it comes to."""
+
+    id: str
+    question: str
+    steps: tuple[str, ...]
+    response: str
+    answer: str  # the gold answer
+
+    def reasoning(self, kept: int) -> str:
+        return "".join(self.steps[:kept]).strip("\n")
+
+
+def plan(config: ConfigDict, name: str, section: ConfigDict) -> PruneStage:
+    """Raises ValueError, naming key, value and what would be right, for whatever cannot run."""
+    if section.method not in METHODS:
+        raise ValueError(f"method is {section.method!r}; it must be one of {', '.join(METHODS)}")
+    for key, least in (("data.limit", 0), ("batch", 1), ("rows", 1), ("max_tokens", 1)):
+        value = section.data.limit if key == "data.limit" else section[key]
+        if value < least:
+            raise ValueError(f"{key} is {value}; it must be {least} or more")
+    if section.init["from"] in ("", "random"):
+        raise ValueError(
+            f"init.from is {section.init['from']!r}; traces are pruned for a student: a checkpoint "
+            "that has learnt to answer from such traces"
+        )
+    if section.solved_by not in section.rewards:
+        raise ValueError(
+            f"solved_by is {section.solved_by!r}; it must be one of rewards: "
+            f"{', '.join(section.rewards)}"
+        )
+    sources = {
+        source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source})
+        for source, fields in section.data.sources.items()
+    }
+    if not sources:
+        raise ValueError("data.sources is empty; it must name at least one source of traces")
+    rewards = {
+        reward: assemble.from_section(mix.RewardConfig, spec)
+        for reward, spec in section.rewards.items()
+    }
+    return PruneStage(
+        name, section, checkpoints.parse(section.init["from"]), sources,
+        Segmentation(**section.segment.to_dict()), rewards,
+        Sampling(max_tokens=section.max_tokens, temperature=0.0),
+    )  # fmt: skip
+
+
+def check_data(
+    config: ConfigDict, stage: PruneStage, tokenizer: Tokenizer, workdir: Workdir
+) -> None:
+    """Opens the traces and reads the gold answers of the first. Raises ValueError."""
+    hosts.first(lambda: _check_chains(config, stage, workdir))
+
+
+def _check_chains(config: ConfigDict, stage: PruneStage, workdir: Workdir) -> None:
+    chains = []
+    for chain, _ in zip(_chains(stage, workdir), range(1_000)):
+        chains += [] if chain is None else [chain]
+    if not chains:
+        raise ValueError("data.sources: none of the first records has a reasoning to prune")
+    with assemble.rewards(config, stage.rewards) as reward:
+        reward.check([Prompt(c.id, c.question, c.answer, c.id.split("/")[0]) for c in chains])
+
+
+def _chains(stage: PruneStage, workdir: Workdir) -> Iterator[Chain | None]:
+    """In the order of the sources; None stands for a record without a reasoning."""
+    number, limit = 0, stage.section.data.limit
+    for name, config in stage.sources.items():
+        source = sources_lib.open_source(config, workdir.data)
+        for index in range(len(source)):
+            if limit and number == limit:
+                return
+            number += 1
+            yield _chain(stage, f"{name}/{index}", config, source[index])
+
+
+def _chain(
+    stage: PruneStage, chain_id: str, config: sources_lib.SourceConfig, record: dict
+) -> Chain | None:
+    example = sources_lib.to_example(config, record)
+    messages = getattr(example, "messages", ())
+    if not messages or not (messages[-1].reasoning or "").strip():
+        return None
+    question = next(m.content for m in messages if m.role == "user")
+    response = messages[-1].content
+    field = stage.section.answer_field
+    if field and field not in record:
+        raise ValueError(f"answer_field is {field!r}; {chain_id} has {', '.join(record)}")
+    steps = tuple(segment(messages[-1].reasoning, stage.segmentation))
+    return Chain(chain_id, question, steps, response, str(record[field] if field else response))
+
+
+# ----------------------------------------------------------------------------------- the search
+
+
+class Student:
+    """Answers from the first steps of a trace, and is graded."""
+
+    def __init__(self, run: Run, stage: PruneStage, reward: mix.Reward):
+        template = assemble.chat_template(run.config, run.tokenizer)
+
+        def encode(asked: tuple[str, str]) -> list[int]:
+            question, reasoning = asked
+            turn = [chat.Message("user", question)]
+            return chat.encode_to_answer(run.tokenizer, template, turn, reasoning)
+
+        self._generate = evaluation.generator(
+            run.config, run.tokenizer, run.model, stage.section.rows, encode
+        )
+        self._params = weights.load(stage.start, run.model, run.workdir.checkpoints)
+        self._key = assemble.stage_key(run.config.seed, stage.name)
+        self._sampling, self._solved_by = stage.sampling, stage.section.solved_by
+        self._reward = reward
+
+    def is_valid(self, chains: Sequence[Chain], questions: Sequence[Question]) -> list[bool]:
+        """Of each (chain, steps kept): whether the student's answer is right."""
+        asked = [(chains[i].question, chains[i].reasoning(kept)) for i, kept in questions]
+        drawn = self._generate(self._params, asked, self._sampling, self._key)
+        answers = [chains[i].answer for i, _ in questions]
+
+        def graded() -> list[float]:
+            _, parts = self._reward([completions[0] for completions in drawn], answers)
+            return list(parts[self._solved_by])
+
+        return [value >= 1 for value in hosts.told(graded)]
+
+
+def _pruned(
+    stage: PruneStage, chains: Sequence[Chain], seed: int, first: int, ask: Callable
+) -> list[Pruned]:
+    """Args: first, the number of the first chain among all; ask, Student.is_valid of them."""
+    method = stage.section.method
+    if method in search.METHODS:
+        return search.prune([c.steps for c in chains], ask, method=method)
+    if method == "random":
+        return [search.random_cut(len(c.steps), seed, first + i) for i, c in enumerate(chains)]
+    return [search.first_correct_solution(c.steps, _has(c.answer)) for c in chains]
+
+
+def _has(answer: str) -> Callable[[str], bool]:
+    """Whether a step names the answer: as a number or words of its own, not as part of others."""
+    pattern = re.compile(rf"(?<![\w.-]){re.escape(answer.strip())}(?!\w|\.\w)")
+    return lambda step: pattern.search(step) is not None
+
+
+def run_stage(run: Run, stage: PruneStage) -> None:
+    """Prunes, resuming where it was, and leaves the files and the stage's done marker."""
+    files = trace_files.TraceFiles(run.workdir.data, stage.name, 1)
+    if run.workdir.marker(stage.name) and hosts.told(files.kept.exists):
+        return
+    began = time.monotonic()
+    records = list(enumerate(_chains(stage, run.workdir)))
+    chains = [chain for _, chain in records if chain is not None]
+    student = _student_name(run, stage)
+    done = hosts.told(lambda: files.resume([c.id for c in chains], student, run.progress.say))
+    if done < len(chains):
+        run.progress.say(f"{stage.name}: {len(chains)} traces, {stage.section.method}, {student}")
+        _search(run, stage, chains, student, files, done)
+
+    def outcome() -> dict:
+        counts = _write(run, stage, files, len(records) - len(chains))
+        return {"student": student, **counts, "seconds": round(time.monotonic() - began, 1)}
+
+    run.workdir.mark(stage.name, outcome)
+
+
+def _search(
+    run: Run,
+    stage: PruneStage,
+    chains: Sequence[Chain],
+    student: str,
+    files: trace_files.TraceFiles,
+    done: int,
+) -> None:
+    """The chains from number `done` on, in batches that are on the disk before the next."""
+    every, kept, asked = stage.section.batch, 0, 0
+    run.progress.start(stage.name, len(chains), done)
+    with assemble.rewards(run.config, stage.rewards) as reward:
+        judge = Student(run, stage, reward)
+        for begin in range(done, len(chains), every):
+            part = chains[begin : begin + every]
+            ask = lambda questions, part=part: judge.is_valid(part, questions)
+            found = _pruned(stage, part, run.config.seed, begin, ask)
+            records = [
+                _record(run.tokenizer, chain, result, stage.section.method, student)
+                for chain, result in zip(part, found, strict=True)
+            ]
+            hosts.first(lambda records=records: files.append(records))
+            kept += sum(result.kept is not None for result in found)
+            asked += sum(len(result.asked) for result in found)
+            end = begin + len(part)
+            run.progress.update(end, f"{kept} of {end - done} kept  {asked:,} questions asked")
+    run.progress.stop()
+
+
+def _record(
+    tokenizer: Tokenizer, chain: Chain, result: Pruned, method: str, student: str
+) -> dict[str, Any]:
+    return {
+        "id": chain.id,
+        "question": chain.question,
+        "answer": chain.answer,
+        "response": chain.response,
+        "steps": chain.steps,
+        "step_tokens": [len(tokenizer.encode(step)) for step in chain.steps],
+        "kept": result.kept,
+        "dropped": result.dropped,
+        "asked": result.asked,
+        "method": method,
+        "teacher": student,  # as trace_files calls whose work a record is
+    }
+
+
+def _student_name(run: Run, stage: PruneStage) -> str:
+    """With the step that a stage of this run ended at; it may be trained further."""
+    if stage.start.directory is not None or stage.start.step is not None:
+        return stage.start.text
+    return f"{stage.start.text}@{run.workdir.marker(stage.start.stage)['steps']}"
+
+
+# ------------------------------------------------------------------------------ what comes of it
+
+
+def _write(
+    run: Run, stage: PruneStage, files: trace_files.TraceFiles, without: int
+) -> dict[str, Any]:
+    """STAGE.jsonl, STAGE.pairs.jsonl, and the report. Raises ValueError where nothing is kept.
+
+    Args:
+      without: records that had no reasoning.
+    """
+    kept, pairs, results, step_tokens = [], [], [], []
+    tags = assemble.think_tags(run.config)
+    for record in iterate_lines(files.every):
+        asked = tuple((k, valid) for k, valid in record["asked"])
+        result = Pruned(len(record["steps"]), record["kept"], record["dropped"], asked)
+        results.append(result)
+        step_tokens.append(record["step_tokens"])
+        if result.kept is None:
+            continue
+        chain = Chain(record["id"], record["question"], tuple(record["steps"]),
+                      record["response"], record["answer"])  # fmt: skip
+        kept.append(_kept(chain, record, result))
+        if result.kept < result.num_steps:
+            pairs.append(_pair(chain, result, tags))
+    report = search.report(results, step_tokens)
+    counts = dataclasses.asdict(report)
+    counts["dropped"] |= {NO_REASONING: without} if without else {}
+    run.progress.say(f"{stage.name}: {told(report)}")
+    if not kept:
+        raise ValueError(
+            f"method is {stage.section.method!r}, and not one trace is kept: {counts['dropped']}"
+        )
+    lines = lambda content: "".join(json.dumps(one) + "\n" for one in content)
+    write_whole(files.kept.with_name(f"{stage.name}.pairs.jsonl"), lines(pairs))
+    write_whole(files.kept, lines(kept))
+    return {"pairs": len(pairs), **counts}
+
+
+def _kept(chain: Chain, record: dict[str, Any], result: Pruned) -> dict[str, Any]:
+    """A pruned trace with where it comes from."""
+    return {
+        "id": chain.id,
+        "question": chain.question,
+        "reasoning": chain.reasoning(result.kept),
+        "response": chain.response,
+        "answer": chain.answer,
+        "kept_steps": result.kept,
+        "num_steps": result.num_steps,
+        "kept_tokens": sum(record["step_tokens"][: result.kept]),
+        "num_tokens": sum(record["step_tokens"]),
+        "method": record["method"],
+        "student": record["teacher"],
+    }
+
+
+def _pair(chain: Chain, result: Pruned, tags: chat.ThinkTags) -> dict[str, Any]:
+    """As TRL's conversational pairs have it; the reasoning stands in the content, in its tags."""
+
+    def turn(kept: int) -> list[dict[str, str]]:
+        thought = f"{tags.open}\n{chain.reasoning(kept)}\n{tags.close}\n\n"
+        return [{"role": "assistant", "content": thought + chain.response}]
+
+    return {
+        "id": chain.id,
+        "prompt": [{"role": "user", "content": chain.question}],
+        "chosen": turn(result.kept),
+        "rejected": turn(result.num_steps),
+    }
+
+
+def told(report: search.Report) -> str:
+    """The report in a line."""
+    dropped = ", ".join(f"{number} {why}" for why, number in report.dropped.items()) or "none"
+    if not report.num_kept:
+        return f"none of {report.num_traces} traces kept ({dropped} dropped)"
+    return (
+        f"{report.num_kept} of {report.num_traces} traces kept ({dropped} dropped), "
+        f"{report.kept_tokens:.0%} of their tokens and {report.kept_steps:.0%} of their steps, "
+        f"{report.tokens_before:.1f} -> {report.tokens_after:.1f} tokens a trace; "
+        f"{report.questions:,} questions asked, at most {report.max_questions} of a trace"
+    )

@@ -1,0 +1,428 @@
+"""The stage of kind `traces`: a teacher writes, rewards grade, what is kept is data to train on.
+
+SCoTD (arXiv 2306.14050) samples N = 30 chains of thought a question and trains on all or on those
+with the right answer; Fine-tune-CoT (arXiv 2212.10071) on the right ones.
+
+The teacher is a checkpoint, or a model of a server. Text is all that travels: a checkpoint of
+another run or of Hugging Face's answers with its own shape, tokenizer and chat template, whatever
+the run's are. Only a gate (rollout/gated.py) wants one tokenizer for both.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxreason.data import prompts as prompts_lib
+from jaxreason.model.decoder import LanguageModel
+from jaxreason.parallel import hosts
+from jaxreason.recipes import assemble, checkpoints, defaults, evaluation, trace_files, weights
+from jaxreason.recipes.generate import sampling_of
+from jaxreason.recipes.run import Run
+from jaxreason.recipes.workdir import Workdir
+from jaxreason.rewards import mix
+from jaxreason.rollout import gated, remote
+from jaxreason.text import chat
+from jaxreason.text.tokenizer import Tokenizer
+from jaxreason.train.metrics import Progress
+from jaxreason.types import Completion, Prompt, Sampling
+
+# Of questions, their number among all, and what hears of progress -> completions[question][sample];
+# a text stands for one that the teacher refused, and says why.
+Ask = Callable[[Sequence[str], int, Callable], list[list[Completion | str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TracesStage:
+    """What can be checked of the stage before anything is built."""
+
+    name: str
+    section: ConfigDict
+    start: checkpoints.Checkpoint  # the teacher; `random`, and never read, where a server answers
+    server: remote.ServerConfig | None
+    student: checkpoints.Checkpoint | None  # of the gate, where there is one
+    prompts: prompts_lib.PromptConfig
+    rewards: dict[str, mix.RewardConfig]
+    sampling: Sampling
+    keep: trace_files.Keep
+
+    @property
+    def starts(self) -> dict[str, checkpoints.Checkpoint]:
+        """The checkpoints that must be there before, by the keys that name them."""
+        named = {"init.from": self.start, "gate.from": self.student}
+        return {key: start for key, start in named.items() if start is not None}
+
+    @property
+    def length(self) -> int:
+        return self.sampling.max_tokens
+
+
+def plan(config: ConfigDict, name: str, section: ConfigDict) -> TracesStage:
+    """Raises ValueError, naming key, value and what would be right, for whatever cannot run."""
+    data, server = section.data, None
+    prompts = prompts_lib.PromptConfig(
+        sources=data.sources.to_dict(), shuffle=data.shuffle, seed=config.seed
+    )
+    for key, number, least in (
+        ("data.num_questions", data.num_questions, 0),
+        ("save_every", section.save_every, 1),
+        ("rows", section.rows, 1),
+    ):
+        if number < least:
+            raise ValueError(f"{key} is {number}; it must be {least} or more")
+    sampling = sampling_of(section)
+    if section.solved_by not in section.rewards:
+        raise ValueError(
+            f"solved_by is {section.solved_by!r}; it must be one of rewards: "
+            f"{', '.join(section.rewards)}"
+        )
+    rewards = {
+        reward: assemble.from_section(mix.RewardConfig, spec)
+        for reward, spec in section.rewards.items()
+    }
+    if section.server.url:
+        server = _server(section, sampling)
+    start = checkpoints.parse("random" if server else _teacher_text(section))
+    student = checkpoints.parse(section.gate["from"]) if section.gate["from"] else None
+    if student is not None:
+        _check_gate(section, server, sampling)
+    keep = trace_files.Keep(section.keep, section.per_question, sampling.num_samples)
+    return TracesStage(name, section, start, server, student, prompts, rewards, sampling, keep)
+
+
+def _teacher_text(section: ConfigDict) -> str:
+    text = section.init["from"]
+    if text in ("", "random"):
+        raise ValueError(
+            f"init.from is {text!r}; a teacher is a checkpoint that was trained, or a server "
+            "(server.url)"
+        )
+    return text
+
+
+def _server(section: ConfigDict, sampling: Sampling) -> remote.ServerConfig:
+    if section.init["from"]:
+        raise ValueError(
+            f"init.from is {section.init['from']!r} and server.url {section.server.url!r}; there "
+            "is one teacher: set one of them"
+        )
+    if sampling.thinking is not None:
+        raise ValueError(
+            "sampling.thinking is set; a server has no thinking budget of ours: say what it knows "
+            "in server.extra"
+        )
+    return assemble.from_section(remote.ServerConfig, section.server)
+
+
+def _check_gate(
+    section: ConfigDict, server: remote.ServerConfig | None, sampling: Sampling
+) -> None:
+    if server is not None:
+        raise ValueError(
+            f"gate.from is {section.gate['from']!r} and server.url {section.server.url!r}; a gate "
+            "reads the teacher's every token: a checkpoint"
+        )
+    if section.gate["from"] == "random" or section.gate.threshold < 0:
+        raise ValueError(
+            f"gate is {section.gate.to_dict()}; its student is a checkpoint, and its threshold a "
+            "probability"
+        )
+    if hosts.several():
+        raise ValueError("gate.from is set and there are several processes; a gate works in one")
+    gated.check_sampling(sampling)
+
+
+def check_data(
+    config: ConfigDict, stage: TracesStage, tokenizer: Tokenizer, workdir: Workdir
+) -> None:
+    """Opens the questions, reads every gold answer, and looks for the teacher; of all processes.
+
+    Raises ValueError naming the first that is wrong. A stage that is done asks no server.
+    """
+    if workdir.marker(stage.name) is None:
+        hosts.first(lambda: _questions(config, stage, workdir))
+        if stage.server is not None:
+            hosts.first(remote.Remote(stage.server).check)
+        else:
+            _speakers(config, stage, workdir, tokenizer, None)
+
+
+def _questions(config: ConfigDict, stage: TracesStage, workdir: Workdir) -> list[Prompt]:
+    """In the order of one epoch: a part of it is a random one where `data.shuffle` says so."""
+    with assemble.rewards(config, stage.rewards) as reward:
+        stream = prompts_lib.build(
+            stage.prompts, workdir.data, say=lambda line: None, check=reward.check
+        )
+    wanted = stage.section.data.num_questions
+    if wanted > len(stream):
+        raise ValueError(f"data.num_questions is {wanted}; there are {len(stream)}")
+    return stream.next(wanted or len(stream))
+
+
+# -------------------------------------------------------------------------------- the teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model as it speaks: `config` is the run's, with its own tokenizer and template."""
+
+    start: checkpoints.Checkpoint
+    config: ConfigDict
+    tokenizer: Tokenizer
+    model: LanguageModel | None
+
+
+def _speakers(
+    config: ConfigDict,
+    stage: TracesStage,
+    workdir: Workdir,
+    tokenizer: Tokenizer,
+    model: LanguageModel | None,
+) -> list[Speaker]:
+    """The teacher, and the student of a gate.
+
+    Args:
+      model: the run's, where that is known yet.
+    Raises ValueError where a checkpoint cannot be read, or the two have other tokens.
+    """
+    speakers = []
+    for key, start in stage.starts.items():
+        own, tokens, shaped = _with_template(config, stage.section.template), tokenizer, model
+        if start.has_architecture:
+            own = _of_its_own(config, start, stage.section.template)
+            folder = Workdir(workdir.path / "teachers" / f"{stage.name}-{key.split('.')[0]}")
+            hosts.first(lambda folder=folder: folder.path.mkdir(parents=True, exist_ok=True))
+            tokens = assemble.tokenizer(own, folder, start)
+            shaped = assemble.language_model(own, assemble.architecture(own, start), tokens)
+        assemble.chat_template(own, tokens)
+        speakers.append(Speaker(start, own, tokens, shaped))
+    teacher, *students = speakers
+    for student in students:
+        if student.tokenizer.fingerprint() != teacher.tokenizer.fingerprint():
+            raise ValueError(
+                f"gate.from is {student.start.text!r}, which has another tokenizer than the "
+                f"teacher {teacher.start.text!r}; a gate compares token by token"
+            )
+    return speakers
+
+
+def _with_template(config: ConfigDict, template: str) -> ConfigDict:
+    """The run's configuration, where `template` is set with that chat template."""
+    own = config.copy_and_resolve_references()
+    own.unlock()
+    if template:
+        own.chat.template = template
+    return own
+
+
+def _of_its_own(config: ConfigDict, start: checkpoints.Checkpoint, template: str) -> ConfigDict:
+    """The run's configuration as a recipe for this checkpoint alone would have it."""
+    own = _with_template(config, template or "checkpoint")
+    own.init = ConfigDict({"from": start.text})
+    own.tokenizer.kind = "checkpoint"
+    own.model = defaults.model_config()
+    return own
+
+
+def _asking(run: Run, stage: TracesStage) -> Ask:
+    if stage.server is not None:
+        return _asking_server(run, stage)
+    speakers = _speakers(run.config, stage, run.workdir, run.tokenizer, run.model)
+    key = assemble.stage_key(run.config.seed, stage.name)
+    draw = (_gated if stage.student is not None else _drawing)(run, stage, speakers)
+
+    def ask(texts: Sequence[str], begin: int, on_progress: Callable) -> list[list[Completion]]:
+        first = begin * stage.sampling.num_samples
+        return draw(texts, stage.sampling, key, on_progress=on_progress, first=first)
+
+    return ask
+
+
+def _drawing(run: Run, stage: TracesStage, speakers: Sequence[Speaker]) -> Callable:
+    (teacher,) = speakers
+    generate = evaluation.generator(
+        teacher.config, teacher.tokenizer, teacher.model, stage.section.rows
+    )
+    params = weights.load(teacher.start, teacher.model, run.workdir.checkpoints)
+    return functools.partial(generate, params)
+
+
+def _gated(run: Run, stage: TracesStage, speakers: Sequence[Speaker]) -> Callable:
+    """Both models whole on the first device."""
+    models, params = [], []
+    for speaker in speakers:
+        own = speaker.model
+        models.append(LanguageModel(own.config, own.execution, None, own.valid_vocab))
+        params.append(weights.load(speaker.start, models[-1], run.workdir.checkpoints))
+    teacher, section = speakers[0], stage.section
+    generate = gated.build_gated(
+        gated.Pair(*models),
+        evaluation.prompt_encoder(teacher.config, teacher.tokenizer),
+        teacher.tokenizer.decode,
+        (teacher.tokenizer.eos_id, *teacher.tokenizer.stop_ids),
+        section.rows,
+    )
+    return functools.partial(generate, gated.Pair(*params), threshold=section.gate.threshold)
+
+
+def _asking_server(run: Run, stage: TracesStage) -> Ask:
+    """Completions in the tokens of the run's tokenizer; the first process asks for all."""
+    server, tags = remote.Remote(stage.server), assemble.think_tags(run.config)
+    own = _with_template(run.config, stage.section.template)
+    template = assemble.chat_template(own, run.tokenizer)
+
+    def completion(answer: remote.Answer) -> Completion | str:
+        if answer.refused:
+            return answer.refused
+        text = as_text(answer, tags)
+        return Completion(text, tuple(run.tokenizer.encode(text)), (), answer.truncated)
+
+    def ask(texts: Sequence[str], begin: int, on_progress: Callable) -> list[list]:
+        prompts = texts
+        if stage.server.endpoint == "completions":
+            thinking = own.chat.thinking
+            turn = lambda text: [chat.Message("user", text)]
+            prompts = [template.render_prompt(turn(text), thinking) for text in texts]
+        answers = hosts.first(lambda: server.ask(prompts, stage.sampling, on_progress))
+        found = [[completion(answer) for answer in row] for row in answers or []]
+        hosts.first(lambda: _check_answered(stage, found))
+        return found
+
+    return ask
+
+
+def as_text(answer: remote.Answer, tags: chat.ThinkTags) -> str:
+    """As a model writes it that thinks between the tags; they may stand in the content already."""
+    if answer.reasoning is None:
+        return answer.content
+    thought = f"{tags.open}\n{answer.reasoning.strip(chr(10))}\n"
+    if answer.truncated and not answer.content:
+        return thought  # the limit came before the end of thinking
+    return f"{thought}{tags.close}\n\n{answer.content}"
+
+
+def _check_answered(stage: TracesStage, found: list[list[Completion | str]]) -> None:
+    refusals = [each for row in found for each in row if isinstance(each, str)]
+    if refusals and len(refusals) == sum(map(len, found)):
+        raise ValueError(
+            f"server.url is {stage.server.url!r}; it refused every one of {len(found)} questions: "
+            f"{refusals[0]}"
+        )
+
+
+# ---------------------------------------------------------------------------------- the stage
+
+
+def run_stage(run: Run, stage: TracesStage) -> None:
+    """Samples, resuming where it was, and leaves the kept traces and the stage's done marker."""
+    files = trace_files.TraceFiles(run.workdir.data, stage.name, stage.sampling.num_samples)
+    if run.workdir.marker(stage.name) and hosts.told(files.kept.exists):
+        return
+    began = time.monotonic()
+    prompts = _questions(run.config, stage, run.workdir)
+    teacher = _teacher_name(run, stage)
+    done = hosts.told(lambda: files.resume([p.id for p in prompts], teacher, run.progress.say))
+    if done < len(prompts):
+        run.progress.say(f"{stage.name}: {len(prompts)} questions to {teacher}")
+        _sample(run, stage, prompts, teacher, files, done)
+
+    def outcome() -> dict:
+        counts = files.select(stage.keep)
+        run.progress.say(f"{stage.name}: {trace_files.told(counts)}")
+        seconds = round(time.monotonic() - began, 1)
+        return {"teacher": teacher, **counts, "seconds": seconds}
+
+    run.workdir.mark(stage.name, outcome)
+
+
+def _sample(
+    run: Run,
+    stage: TracesStage,
+    prompts: Sequence[Prompt],
+    teacher: str,
+    files: trace_files.TraceFiles,
+    done: int,
+) -> None:
+    """The questions from number `done` on, in batches that are on the disk before the next."""
+    ask, every = _asking(run, stage), stage.section.save_every
+    split, N = assemble.split_reasoning(run.config), stage.sampling.num_samples
+    run.progress.start(stage.name, len(prompts), done)
+    with assemble.rewards(run.config, stage.rewards) as reward:
+        for begin in range(done, len(prompts), every):
+            part = prompts[begin : begin + every]
+            report = _reporter(run.progress, begin, len(prompts), N)
+            drawn = ask([prompt.text for prompt in part], begin, report)
+
+            def write(part=part, drawn=drawn) -> None:
+                flat = [each for row in drawn for each in row]
+                answers = [prompt.answer for prompt in part for _ in range(N)]
+                grades = _graded(reward, stage.section.solved_by, flat, answers)
+                facts = [{"id": p.id, "question": p.text, "answer": p.answer} for p in part]
+                files.append(
+                    {
+                        **facts[i // N],
+                        **_trace(completion, split),
+                        **grades[i],
+                        "sample": i % N,
+                        "teacher": teacher,
+                    }
+                    for i, completion in enumerate(flat)
+                )
+
+            hosts.first(write)
+    run.progress.stop()
+
+
+def _graded(
+    reward: mix.Reward, solved_by: str, drawn: Sequence[Completion | str], answers: Sequence[str]
+) -> list[dict[str, Any]]:
+    """reward and correct of each; a refused one has neither."""
+    there = [i for i, each in enumerate(drawn) if not isinstance(each, str)]
+    totals, parts = reward([drawn[i] for i in there], [answers[i] for i in there])
+    grades = [{"reward": None, "correct": False} for _ in drawn]
+    for i, total, solved in zip(there, totals, parts[solved_by], strict=True):
+        grades[i] = {"reward": total, "correct": solved >= 1}
+    return grades
+
+
+def _trace(completion: Completion | str, split: Callable) -> dict[str, Any]:
+    """What was written. An answer after an end of thinking that never came is empty."""
+    if isinstance(completion, str):
+        return {"reasoning": "", "response": "", "num_tokens": 0, "truncated": False,
+                "logprob": None, "refused": completion}  # fmt: skip
+    reasoning, response = split(completion.text)
+    known = bool(completion.logprobs)
+    written = {
+        "reasoning": reasoning or "",
+        "response": response,
+        "num_tokens": completion.num_tokens,
+        "truncated": bool(completion.truncated),
+        "logprob": round(sum(completion.logprobs), 4) if known else None,
+    }
+    if isinstance(completion, gated.Gated):
+        written["accepted"] = sum(completion.accepted)
+    return written
+
+
+def _teacher_name(run: Run, stage: TracesStage) -> str:
+    """Of a stage of this run with the step that it ended at; it may be trained further."""
+    if stage.server is not None:
+        return stage.server.model_name
+    if stage.start.directory is not None or stage.start.step is not None:
+        return stage.start.text
+    return f"{stage.start.text}@{run.workdir.marker(stage.start.stage)['steps']}"
+
+
+def _reporter(progress: Progress, begin: int, total: int, num_samples: int) -> Callable:
+    shown = [begin]
+
+    def report(finished: int, _: int, tokens: int) -> None:
+        answered = begin + finished // num_samples
+        if answered - shown[-1] >= max(1, total // 50):
+            progress.update(answered, f"{tokens:,} tokens in this part")
+            shown.append(answered)
+
+    return report

@@ -1,0 +1,137 @@
+"""The stage of kind prune: what it refuses, and a run that prunes, trains and prefers."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from ml_collections import ConfigDict
+
+from jaxreason import launch
+from jaxreason.recipes import defaults, pipeline, prune
+from jaxreason.report.summary import read_lines
+
+TRACES = dict(
+    name="arithmetic", kind="arithmetic", rendering="long_cot", split="train",
+    prompt_template="{expression}=",
+)  # fmt: skip
+
+
+def stage(**changes) -> ConfigDict:
+    section = defaults.prune_config(max_tokens=8, batch=16)
+    section["init"]["from"] = "@pretrain"
+    section["data"].update(sources={"arithmetic": defaults.source(**TRACES)}, limit=40)
+    section["segment"].update(rules=("line",), min_chars=0)
+    return ConfigDict(section | changes)
+
+
+def config_of(prune_stage) -> ConfigDict:
+    """A base that has learnt next to nothing, and three stages that learn from what is pruned."""
+    c = launch.load_config("quickstart:smoke")
+    c.arithmetic.update(num_train=60, num_test=4, review_share=0.7, max_reviews=2)
+    base = c.stages.pretrain.copy_and_resolve_references()
+    base.train.steps, base.data.examples_per_batch = 2, 32
+    base.train.optimizer.warmup_steps = 1
+
+    def learner(path, objective, **fields):
+        made = base.copy_and_resolve_references()
+        made.init["from"] = "@pretrain"
+        made.data.update(rows=8, length=600, packing="first_fit", examples_per_batch=None)
+        made.data.sources = {"pruned": defaults.source(name="pruned", path=path, **fields)}
+        made.train.objective = objective
+        return made
+
+    c.stages = {
+        "pretrain": base,
+        "prune": prune_stage,
+        "sft": learner("@prune", "lm", prompt_field="question", reasoning_field="reasoning",
+                       response_field="response"),
+        "dpo": learner("@prune.pairs", "pruning", prompt_field="prompt", chosen_field="chosen",
+                       rejected_field="rejected"),
+    }  # fmt: skip
+    c.eval.sets = {}
+    c.run.export, c.run.save_every, c.log.every = False, 2, 1
+    return c
+
+
+class Oracle:
+    """A student that answers right as soon as a step comes to the answer."""
+
+    asked = 0
+
+    def __init__(self, run, stage, reward):
+        pass
+
+    def is_valid(self, chains, questions):
+        Oracle.asked += len(questions)
+        return [
+            any(step.strip().endswith(f"={chains[i].answer}") for step in chains[i].steps[:kept])
+            for i, kept in questions
+        ]
+
+
+@pytest.fixture(autouse=True)
+def scene(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_traces_are_pruned_then_learnt_then_preferred(tmp_path, monkeypatch):
+    monkeypatch.setattr(prune, "Student", Oracle)
+    pipeline.run(config_of(stage()), tmp_path)
+    pruned = read_lines(tmp_path / "data" / "prune.jsonl")
+    whole = {one["id"]: one for one in read_lines(tmp_path / "data" / "prune.all.jsonl")}
+    assert len(pruned) == len(whole) == 40
+    for one in pruned:
+        steps = whole[one["id"]]["steps"]
+        reached = [s.strip().endswith(f"={one['answer']}") for s in steps].index(True) + 1
+        assert one["kept_steps"] == reached and one["num_steps"] == len(steps)
+        assert one["reasoning"] == "".join(steps[:reached]).strip("\n")
+        assert one["kept_tokens"] <= one["num_tokens"]
+    marker = json.loads((tmp_path / "stages" / "prune.json").read_text())
+    assert marker["num_kept"] == 40 and marker["student"] == "@pretrain@2"
+    assert 0.3 < marker["kept_tokens"] < 0.8  # reviews are about half of such a trace
+    assert marker["max_questions"] <= 1 + 6  # of at most 60 steps
+    pairs = read_lines(tmp_path / "data" / "prune.pairs.jsonl")
+    assert len(pairs) == marker["pairs"] == sum(o["kept_steps"] < o["num_steps"] for o in pruned)
+    assert all(len(p["chosen"][0]["content"]) < len(p["rejected"][0]["content"]) for p in pairs)
+    records = read_lines(tmp_path / "metrics.jsonl")
+    first = next(r for r in records if r["stage"] == "dpo")
+    # The policy is its own reference at first: no margin, and log 2 beside 0.3 times the NLL.
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert first["loss"] > 0.693
+
+    # The same command again asks nothing; nor does one that was stopped before the files.
+    asked = Oracle.asked
+    (tmp_path / "data" / "prune.jsonl").unlink()
+    pipeline.run(config_of(stage()), tmp_path)
+    assert Oracle.asked == asked
+    assert read_lines(tmp_path / "data" / "prune.jsonl") == pruned
+
+
+def test_a_student_that_cannot_answer_keeps_nothing(tmp_path):
+    """The real one, through the engine: a base that has seen two batches is never right."""
+    with pytest.raises(ValueError, match=r"not one trace is kept: .*full trace not valid"):
+        pipeline.run(config_of(stage()), tmp_path)
+    asked = [one["asked"] for one in read_lines(tmp_path / "data" / "prune.all.jsonl")]
+    assert len(asked) == 40 and all(len(a) == 1 and a[0][1] is False for a in asked)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(method="halves"), r"method is 'halves'; it must be one of binary, exhaustive, first"),
+        (dict(batch=0), r"batch is 0; it must be 1 or more"),
+        (dict(init={"from": ""}), r"init\.from is ''; traces are pruned for a student"),
+        (dict(solved_by="format"), r"solved_by is 'format'; it must be one of rewards: accuracy"),
+    ],
+)
+def test_what_cannot_run_is_named(changes, says):
+    with pytest.raises(ValueError, match=says) as error:
+        prune.plan(config_of(stage()), "prune", stage(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "step, names", [("6-11=-5", True), ("x is -5.", True), ("-55", False), ("3-5=-2", False)]
+)
+def test_a_step_names_an_answer_as_a_number_of_its_own(step, names):
+    assert prune._has("-5")(step) == names
