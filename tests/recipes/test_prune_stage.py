@@ -102,6 +102,7 @@ def test_traces_are_pruned_then_learnt_then_preferred(tmp_path, monkeypatch):
     # The same command again asks nothing; nor does one that was stopped before the files.
     asked = Oracle.asked
     (tmp_path / "data" / "prune.jsonl").unlink()
+    (tmp_path / "stages" / "prune.json").unlink()
     pipeline.run(config_of(stage()), tmp_path)
     assert Oracle.asked == asked
     assert read_lines(tmp_path / "data" / "prune.jsonl") == pruned
