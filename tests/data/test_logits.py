@@ -82,7 +82,9 @@ def test_two_processes_write_and_one_is_killed(tmp_path):
     first, killed = start(0, 0.0), start(1, 0.05)
     said = [killed.stdout.readline() for _ in range(2)]  # the estimate, and a part that is whole
     assert said[1] == "16 of 48\n"
-    while not list(directory.glob(".part-00003.*")):
+    deadline = time.monotonic() + 120
+    while not list(directory.glob(".part-00003.*")):  # hidden until it is whole
+        assert killed.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
