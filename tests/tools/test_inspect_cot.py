@@ -141,7 +141,7 @@ def test_what_is_malformed_is_counted_and_named(inspect_cot, tmp_path, capsys):
     "arguments, message",
     [
         (["absent.jsonl"], "FILE is 'absent.jsonl'; no such file"),
-        (["notes.txt"], "it must be .jsonl or .jsonl.gz files"),
+        (["notes.txt"], "it must be .jsonl, .jsonl.gz, .parquet files"),
         (["empty.jsonl"], "it holds no valid record (0 malformed"),
         (["other.jsonl"], "FILE is 'other.jsonl'; it holds no trace: "),
         (["broken.jsonl.gz"], "no complete gzip file"),
