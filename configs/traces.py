@@ -14,7 +14,7 @@ names.
 
 Sampled at temperature 1, as SCoTD (arXiv 2306.14050) does; of its N = 30 a question all that are
 right are kept. Only :smoke has been run; :url's stage has been run against a local server of the
-protocol (tests/recipes/test_traces.py), not yet against a real model.
+protocol (tests/recipes/test_traces_stage.py), not yet against a real model.
 """
 
 from ml_collections import ConfigDict

@@ -72,7 +72,8 @@ def test_an_unknown_argument_is_named_with_the_known_ones(name, monkeypatch):
 
 def test_the_configs_of_the_docs_are_ones_that_work(tmp_path, monkeypatch):
     page = (ROOT / "docs/recipes.md").read_text()
-    mine, continued = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    mine, continued = (block for block in blocks if "def get_config" in block)
     (tmp_path / "mine.py").write_text(mine)
     (tmp_path / "continued.py").write_text(continued)
     monkeypatch.chdir(tmp_path)

@@ -206,16 +206,16 @@ def run_stage(run: Run, stage: PruneStage) -> None:
     if run.workdir.marker(stage.name) and hosts.told(files.kept.exists):
         return
     began = time.monotonic()
-    records = list(enumerate(_chains(stage, run.workdir)))
-    chains = [chain for _, chain in records if chain is not None]
-    student = _student_name(run, stage)
+    found = list(_chains(stage, run.workdir))
+    chains = [chain for chain in found if chain is not None]
+    student = trace_files.author(stage.start, run.workdir)
     done = hosts.told(lambda: files.resume([c.id for c in chains], student, run.progress.say))
     if done < len(chains):
         run.progress.say(f"{stage.name}: {len(chains)} traces, {stage.section.method}, {student}")
         _search(run, stage, chains, student, files, done)
 
     def outcome() -> dict:
-        counts = _write(run, stage, files, len(records) - len(chains))
+        counts = _write(run, stage, files, len(found) - len(chains))
         return {"student": student, **counts, "seconds": round(time.monotonic() - began, 1)}
 
     run.workdir.mark(stage.name, outcome)
@@ -266,13 +266,6 @@ def _record(
         "method": method,
         "teacher": student,  # as trace_files calls whose work a record is
     }
-
-
-def _student_name(run: Run, stage: PruneStage) -> str:
-    """With the step that a stage of this run ended at; it may be trained further."""
-    if stage.start.directory is not None or stage.start.step is not None:
-        return stage.start.text
-    return f"{stage.start.text}@{run.workdir.marker(stage.start.stage)['steps']}"
 
 
 # ------------------------------------------------------------------------------ what comes of it

@@ -14,9 +14,11 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxreason.reasoning.curate import KEEPS
+from jaxreason.recipes.checkpoints import Checkpoint
+from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import iterate_lines
 
-KEEP = ("all", "correct", "first_correct", "shortest_correct")
 REASONS = ("refused", "truncated", "no_answer", "wrong", "surplus")  # why a trace is not kept
 
 
@@ -37,8 +39,8 @@ class Keep:
     num_samples: int = 1  # a question
 
     def __post_init__(self):
-        if self.rule not in KEEP:
-            raise ValueError(f"keep is {self.rule!r}; it must be one of {', '.join(KEEP)}")
+        if self.rule not in KEEPS:
+            raise ValueError(f"keep is {self.rule!r}; it must be one of {', '.join(KEEPS)}")
         if not 0 <= self.per_question <= self.num_samples:
             raise ValueError(
                 f"per_question is {self.per_question}; it must be 0 to sampling.num_samples = "
@@ -160,6 +162,14 @@ class TraceFiles:
             raise ValueError(f"keep is {keep.rule!r}, and not one trace is kept: {told(counts)}")
         os.replace(partial, self.kept)
         return counts
+
+
+def author(start: Checkpoint, workdir: Workdir) -> str:
+    """Whose work a record is: of a stage of this run with the step that it ended at, as it may be
+    trained further."""
+    if start.directory is not None or start.step is not None:
+        return start.text
+    return f"{start.text}@{workdir.marker(start.stage)['steps']}"
 
 
 def told(counts: dict[str, Any]) -> str:

@@ -408,12 +408,9 @@ def _trace(completion: Completion | str, split: Callable) -> dict[str, Any]:
 
 
 def _teacher_name(run: Run, stage: TracesStage) -> str:
-    """Of a stage of this run with the step that it ended at; it may be trained further."""
     if stage.server is not None:
         return stage.server.model_name
-    if stage.start.directory is not None or stage.start.step is not None:
-        return stage.start.text
-    return f"{stage.start.text}@{run.workdir.marker(stage.start.stage)['steps']}"
+    return trace_files.author(stage.start, run.workdir)
 
 
 def _reporter(progress: Progress, begin: int, total: int, num_samples: int) -> Callable:
