@@ -147,7 +147,11 @@ def test_random_draws_depend_on_the_place_alone():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_the_training_forwards(counting, temperature):
-    """To 1e-5 in float32, at the sampling temperature and before the filters."""
+    """In float32, at the sampling temperature and before the filters.
+
+    A log-prob is the difference of logits, which are rounded in another order on either side: 16
+    ulps of the largest (8 were seen), so 1e-5 where that is 5 and 2.5e-5 where it is 13.
+    """
     prompts = prompts_of_mixed_length(64)
     sampling = Sampling(max_tokens=40, temperature=temperature, top_p=0.9, top_k=20)
     for model, params in (counting, (tiny_model(), tiny_params())):
@@ -156,7 +160,8 @@ def test_logprobs_are_the_training_forwards(counting, temperature):
         for c, logits_TV in recomputed(model, params, prompts, found):
             logp_TV = jax.nn.log_softmax(logits_TV / temperature)
             want_T = np.take_along_axis(np.asarray(logp_TV), np.array(c.ids)[:, None], 1)[:, 0]
-            np.testing.assert_allclose(c.logprobs, want_T, atol=1e-5)
+            limit = 16 * np.finfo(np.float32).eps * np.abs(logits_TV).max() / temperature
+            np.testing.assert_allclose(c.logprobs, want_T, rtol=0, atol=limit)
 
 
 def test_nothing_is_traced_after_the_warm_up():
