@@ -34,6 +34,7 @@ RECIPES = {  # -> module
     "rl": "pipeline",
     "evaluate": "evaluate",
     "generate": "generate",
+    "study": "study",
 }
 
 

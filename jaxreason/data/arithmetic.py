@@ -52,6 +52,7 @@ class ArithmeticConfig:
     cap: int = 1_000_000  # every intermediate result v has |v| <= cap
     operators: str = "+-*/"
     seed: int = 0
+    train_seed: int | None = None  # of the train split; None: `seed`. The test split stays the same
     recheck_share: float = 0.3  # of the steps of `long_cot`: followed by the inverse operation
     mistake_share: float = 0.1  # of the steps of `long_cot`: first wrong, then corrected
     review_share: float = 0.0  # of the chains of `long_cot`: all steps come again before the answer
@@ -316,7 +317,7 @@ def records(config: ArithmeticConfig) -> dict[str, list[dict[str, Any]] | Iterat
 
     The numbers of operations go round, one place further each round: every prefix of a split, and
     every n-th record of it, has equal counts. Item i of a split has its own generator, seeded by
-    (seed, split, i). No test expression appears twice or in train; train may repeat its own.
+    (its seed, split, i). No test expression appears twice or in train; train may repeat its own.
 
     Raises:
       ValueError: there are not `num_test` different expressions.
@@ -332,7 +333,8 @@ def records(config: ArithmeticConfig) -> dict[str, list[dict[str, Any]] | Iterat
 
 def _record(config: ArithmeticConfig, split: str, index: int, taken: set[str]) -> dict[str, Any]:
     """Record `index` of a split, its expression not among `taken`."""
-    rng = random.Random(f"{config.seed} {split} {index}")
+    own = config.train_seed if split == "train" else None
+    rng = random.Random(f"{config.seed if own is None else own} {split} {index}")
     span = config.max_operations - config.min_operations + 1
     num_operations = config.min_operations + (index + index // span) % span
     for _ in range(_ITEM_TRIES):

@@ -19,6 +19,7 @@ from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.objectives.preference import Preference
 from jaxreason.parallel.mesh import AXES
 from jaxreason.reasoning.segment import Segmentation
+from jaxreason.recipes.study_report import Layout
 from jaxreason.rollout.remote import ServerConfig
 from jaxreason.train.optim import OptimizerConfig
 from jaxreason.types import Sampling
@@ -283,6 +284,37 @@ def prune_config(**changes) -> dict:
     }
 
 
+# What is set before the first device is touched (launch.set_up_jax).
+_OF_THE_PROCESS = ("deterministic", "compilation_cache", "processes")
+
+
+def study_config(name: str, **layout) -> ConfigDict:
+    """A whole config of the recipe `study`; `layout` as report.study.Layout takes it."""
+    shared = default_config(name, "study")
+    fields = {f.name: f.default for f in dataclasses.fields(Layout)}
+    return ConfigDict(
+        {
+            "name": name,
+            "recipe": "study",
+            "run": {key: shared.run[key] for key in _OF_THE_PROCESS},  # for all cells
+            "study": {
+                "folder": f"docs/study/{name}",  # a JSON file for each finished cell, report.md
+                "set": "arithmetic",  # of eval.sets, what is reported
+                "layout": {**fields, "title": name, **layout},
+            },
+            "cells": {},  # entries of cell()
+        }
+    )
+
+
+def cell(config: ConfigDict, **facts) -> dict:
+    """An entry of `cells`: a config of the recipe `pipeline`, and what the report sorts it by.
+
+    Where it says `from`, it may name a stage of another cell, as "CELL@STAGE".
+    """
+    return {"facts": facts, "config": config}
+
+
 def generate_config() -> dict:
     """The keys of the recipe `generate`, beside the shared ones."""
     return {
@@ -389,6 +421,12 @@ def text_eval(path: str, **changes) -> dict:
 
 def check_keys(config: ConfigDict) -> None:
     """Raises ValueError for a key of a config file that no recipe would read."""
+    if config.recipe == "study":
+        known = study_config("").to_dict() | {"cells": lambda _: {"facts": {}, "config": {}}}
+        _check_keys(config.to_dict(), known, "config")
+        for entry in config.cells.values():
+            check_keys(entry.config)
+        return
     own = {
         "pipeline": {"stages": _stage_keys},
         "fit": _stage_keys({"kind": "fit"}),

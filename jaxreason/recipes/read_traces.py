@@ -107,6 +107,11 @@ def _add(
         found.counted |= counted
 
 
+def traces_of(record: dict[str, Any]) -> list[Trace]:
+    """Of a line of samples.jsonl, whose completions tell their lengths."""
+    return [Trace(**_sample(record, completion)) for completion in record["completions"]]
+
+
 def _sample(record: dict[str, Any], completion: Any) -> dict[str, Any]:
     """A completion of samples.jsonl, as evals/accuracy.py and train/rl.py write it."""
     if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):

@@ -7,6 +7,7 @@ readers can tell apart; markers differ too.
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -176,6 +177,54 @@ def accuracy_by_tokens(
         axes.set_xlabel("mean tokens a completion")
         _percent_y(axes, metric)
         figure.legend(loc="outside lower center", ncols=min(3, len(values)))
+        return _svg(figure)
+
+
+def accuracy_by_scale(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float | None, Sequence[float]]]]],
+    scale: str,
+    metric: str,
+) -> str:
+    """panels[title][line] = [(x, accuracy of each seed)]: means, every seed a point.
+
+    What has no x is a level line. The axis of x is logarithmic; all panels have one of y.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    palette = Palette(names)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.7 * len(panels), 4.4), layout="constrained")
+        for axes, (title, lines) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
+            panels.items(),
+            strict=True,
+        ):
+            for name, points in lines.items():
+                style = _line(name, palette)
+                for _, values in (point for point in points if point[0] is None):
+                    axes.axhline(
+                        np.mean(values), color=style["color"], linestyle="--", label=style["label"]
+                    )
+                placed = sorted((x, values) for x, values in points if x is not None)
+                if placed:
+                    axes.plot([x for x, _ in placed], [np.mean(v) for _, v in placed], **style)
+                    every = [(x, value) for x, values in placed for value in values]
+                    axes.plot(
+                        *zip(*every, strict=True), style["marker"], color=style["color"],
+                        alpha=0.35, markersize=4, linestyle="none",
+                    )  # fmt: skip
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xlabel(scale)
+            axes.set_title(title)
+            _percent_y(axes, metric)
+        found: dict[str, Any] = {}
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            found |= dict(zip(labels, handles, strict=True))
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found))
+        )
         return _svg(figure)
 
 

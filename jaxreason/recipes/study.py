@@ -1,0 +1,200 @@
+"""A grid of small runs and one report: which arm does what, at which scale, over seeds.
+
+Every cell of `config.cells` is a run of the recipe `pipeline` in WORKDIR/NAME. It may start from,
+or learn from, stages of other cells, as `init.from = "NAME@STAGE"`; those come first. What a cell
+found is one small file, FOLDER/NAME.json. A cell whose file is there is not run again, unless its
+config, or that of a cell it builds on, is another one than the file was made with. So the grid goes
+on where it stopped, on another machine too: there, only what a missing cell builds on is run again.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxreason.reasoning import reflect
+from jaxreason.recipes import checkpoints, pipeline, read_traces, study_report
+from jaxreason.recipes.workdir import flatten
+from jaxreason.report.summary import read_lines, write_whole
+from jaxreason.train.metrics import Progress
+
+_FROM = re.compile(r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from)")
+_UNASKED = re.compile(r"(run|log|mesh)\..*|name")  # how a cell is executed, not what it finds
+_NAME = re.compile(r"[\w-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    name: str
+    facts: dict[str, Any]  # what the report sorts by: arm, scale, size, ...
+    config: ConfigDict  # of the pipeline; `init.from` may name other cells
+    needs: tuple[str, ...]  # of these
+
+    @property
+    def updates(self) -> dict[str, int]:
+        """Of each stage that trains, in the order of the config."""
+        return {
+            name: stage.train.steps * stage.train.get("updates", 1)
+            * stage.train.get("num_iterations", 1)
+            for name, stage in self.config.stages.items() if stage.kind in ("fit", "rl")
+        }  # fmt: skip
+
+    @property
+    def judged(self) -> str:
+        """The stage that is reported: the last that trains."""
+        return list(self.updates)[-1]
+
+
+def plan(config: ConfigDict) -> dict[str, Cell]:
+    """{name: cell}, each after those that it needs. Raises ValueError naming what is wrong."""
+    study_report.Layout(**config.study.layout)
+    cells = {}
+    for name, entry in config.cells.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"cells has {name!r}; names are of letters, digits, '_' and '-'")
+        cells[name] = Cell(name, entry.facts.to_dict(), entry.config, _needs(config, name))
+        if config.study.set not in entry.config.eval.sets:
+            raise ValueError(
+                f"study.set is {config.study.set!r}; cells.{name}.config.eval.sets has "
+                f"{', '.join(entry.config.eval.sets) or 'none'}"
+            )
+    ordered = {}
+    while len(ordered) < len(cells):
+        ready = [
+            c for c in cells.values() if c.name not in ordered and set(c.needs) <= set(ordered)
+        ]
+        if not ready:
+            circle = next(name for name in cells if name not in ordered)
+            raise ValueError(f"cells.{circle} needs {cells[circle].needs[0]!r}, which needs it")
+        ordered |= {cell.name: cell for cell in ready}
+    return ordered
+
+
+def _needs(config: ConfigDict, name: str) -> tuple[str, ...]:
+    """The cells that a cell's starts name. Raises ValueError for a start that there is not."""
+    keys, needs = flatten(config.cells[name].config.to_dict()), []
+    for key, start in keys.items():
+        if not _FROM.fullmatch(key) or start == "" or start.startswith("@"):
+            continue
+        other, _, stage = start.partition("@")
+        try:
+            if other in config.cells and other != name:
+                known = config.cells[other].config.stages
+                if stage not in known:
+                    raise ValueError(f"init.from is {start!r}; it has {', '.join(known)}")
+                needs.append(other)
+            else:
+                checkpoints.parse(start)
+        except ValueError as error:
+            raise ValueError(f"cells.{name}.config.{key}: {error}") from error
+    return tuple(dict.fromkeys(needs))
+
+
+def asked(cells: dict[str, Cell], name: str) -> str:
+    """A digest of all that decides what the cell finds: its config and those it builds on."""
+    cell = cells[name]
+    found = {k: v for k, v in flatten(cell.config.to_dict()).items() if not _UNASKED.fullmatch(k)}
+    below = [asked(cells, other) for other in cell.needs]
+    text = json.dumps([found, below], sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run(config: ConfigDict, folder: pathlib.Path) -> None:
+    began, progress, cells = time.monotonic(), Progress(), plan(config)
+    kept = pathlib.Path(config.study.folder)
+    kept.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in cells if _kept(kept, cells, name) is None]
+    progress.say(
+        f"{config.name}: {len(cells)} cells, {len(cells) - len(missing)} of them in {kept}"
+    )
+    done: set[str] = set()
+    for number, name in enumerate(missing, 1):
+        progress.say(f"cell {number} of {len(missing)}: {name}")
+        _run_cell(cells, name, folder, kept, config.study.set, done)
+        _report(config, cells, kept)
+    if not missing:
+        _report(config, cells, kept)
+    progress.say(f"done in {time.monotonic() - began:.0f} s: {kept / 'report.md'}")
+
+
+def _run_cell(
+    cells: dict[str, Cell], name: str, folder: pathlib.Path, kept: pathlib.Path, of: str,
+    done: set[str],
+) -> None:  # fmt: skip
+    """Leaves the cell's file; first runs what it needs and what has no finished workdir here."""
+    if name in done:
+        return
+    cell = cells[name]
+    for other in cell.needs:
+        _run_cell(cells, other, folder, kept, of, done)
+    workdir, began = folder / name, time.monotonic()
+    pipeline.run(_resolved(cell, folder), workdir)
+    jax.clear_caches()  # the next cell's programs are its own
+    if _kept(kept, cells, name) is None:
+        facts = {"name": name, "facts": cell.facts, "seed": cell.config.seed,
+                 "asked": asked(cells, name), "jax": jax.__version__,
+                 "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+        found = facts | findings(cell, workdir, of)
+        write_whole(kept / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    done.add(name)
+
+
+def _resolved(cell: Cell, folder: pathlib.Path) -> ConfigDict:
+    """The cell's config with the workdirs of other cells in the place of their names."""
+    config = copy.deepcopy(cell.config)
+    for stage in config.stages.values():
+        sections = [stage.init, stage.get("gate", {}), stage.get("train", {}).get("teacher", {})]
+        for section in sections:
+            name, at, stage_name = section.get("from", "").partition("@")
+            if name in cell.needs:
+                section["from"] = f"{folder / name}{at}{stage_name}"
+    return config
+
+
+def findings(cell: Cell, workdir: pathlib.Path, of: str) -> dict[str, Any]:
+    """What a finished run found on an evaluation set: metrics, traces, cost.
+
+    `correct` has a digit a problem, the number of its samples that are right, so that cells can be
+    compared problem by problem.
+    """
+    summary = json.loads((workdir / "summary.json").read_text())
+    samples = [
+        line
+        for line in read_lines(workdir / "samples.jsonl")
+        if line["stage"] == cell.judged and line.get("set") == of
+    ]
+    traces = [trace for line in samples for trace in read_traces.traces_of(line)]
+    trained = {k: v for k, v in summary["stages"].items() if k in cell.updates}
+    return {
+        "parameters": json.loads((workdir / "config.json").read_text())["parameters"],
+        "stages": summary["stages"],
+        "updates": sum(cell.updates.values()),
+        "tokens": sum(stage["tokens"] for stage in trained.values()),
+        "metrics": summary["evals"][cell.judged][of],
+        "metrics_samples": len(samples[0]["completions"]),
+        "traces": dataclasses.asdict(reflect.summarize(traces)[0]),
+        "correct": "".join(str(sum(c["correct"] for c in line["completions"])) for line in samples),
+    }
+
+
+def _kept(kept: pathlib.Path, cells: dict[str, Cell], name: str) -> dict[str, Any] | None:
+    """What the cell's file says, where it was made by the same config."""
+    path = kept / f"{name}.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return found if found["asked"] == asked(cells, name) else None
+
+
+def _report(config: ConfigDict, cells: dict[str, Cell], kept: pathlib.Path) -> None:
+    found = [one for name in cells if (one := _kept(kept, cells, name)) is not None]
+    study_report.write(kept, study_report.Layout(**config.study.layout), found, len(cells))

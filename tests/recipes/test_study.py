@@ -1,0 +1,154 @@
+"""The grid: what runs again and what does not, in which order, and what the report says."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from jaxreason import launch
+from jaxreason.recipes import defaults, pipeline, study, study_report
+
+LAYOUT = dict(x="expressions", panel="model", compare=(("long", "short"),))
+
+
+def cell_config(rendering="short_cot", start="base@pretrain", seed=0):
+    """Two updates of a tiny model on a few expressions."""
+    c = launch.load_config("quickstart:smoke")
+    c.arithmetic.update(num_train=40, num_test=4)
+    c.seed, c.name = seed, "cell"
+    stage = c.stages.pretrain.copy_and_resolve_references()
+    stage.data.update(rows=8, examples_per_batch=8, length=256)
+    stage.data.sources.arithmetic.update(rendering=rendering, prompt_template="{expression}=")
+    stage.train.steps, stage.train.optimizer.warmup_steps = 2, 1
+    stage.init["from"] = start
+    c.stages = {"pretrain" if start == "random" else "sft": stage}
+    c.eval.sets.arithmetic.update(max_tokens=8, limit=4)
+    c.run.export = False
+    return c
+
+
+def grid(folder):
+    c = defaults.study_config("grid", **LAYOUT)
+    c.study.folder = str(folder)
+    c.cells = {
+        "base": defaults.cell(cell_config(start="random"), arm="start", model="one"),
+        "a-long": defaults.cell(
+            cell_config("long_cot"), arm="long", expressions=40, model="one"
+        ),
+        "short-0": defaults.cell(cell_config(), arm="short", expressions=40, model="one"),
+        "short-1": defaults.cell(cell_config(seed=1), arm="short", expressions=40, model="one"),
+    }  # fmt: skip
+    return c
+
+
+@pytest.fixture(autouse=True)
+def scene(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_grid_goes_on_where_it_was(tmp_path, monkeypatch):
+    ran, real = [], pipeline.run
+    monkeypatch.setattr(
+        pipeline, "run", lambda c, folder: (ran.append(folder.name), real(c, folder))
+    )
+    kept, config = tmp_path / "kept", grid(tmp_path / "kept")
+    study.run(config, tmp_path / "w")
+    assert ran == ["base", "a-long", "short-0", "short-1"]  # each after what it needs
+    found = json.loads((kept / "a-long.json").read_text())
+    assert found["updates"] == 2 and found["tokens"] > 0 and len(found["correct"]) == 4
+    assert set(found["traces"]["by_operations"]) <= {"2", "3", "4"}
+    report = (kept / "report.md").read_text()
+    assert "4 of 4 cells" in report and "| short | 40 | one | 2 |" in report
+    assert "| long | short | expressions 40, model one |" in report
+    assert (kept / "accuracy.svg").read_text().count("expressions")
+
+    ran.clear()
+    study.run(config, tmp_path / "w")
+    assert ran == []
+    # On another machine: only what is missing, and what it builds on; equal, as it is seeded.
+    (kept / "short-1.json").rename(kept / "before")
+    study.run(config, tmp_path / "elsewhere")
+    assert ran == ["base", "short-1"]
+    again, before = (json.loads((kept / n).read_text()) for n in ("short-1.json", "before"))
+    for one in (again, before):
+        del one["seconds"]
+        [stage.pop("seconds") for stage in one["stages"].values()]
+    assert again == before
+    # Another config of a cell is another cell, and so is all that builds on it; how it is run is
+    # not.
+    asked = {name: study.asked(study.plan(config), name) for name in config.cells}
+    config.cells["short-1"].config.log.every = 7
+    assert study.asked(study.plan(config), "short-1") == asked["short-1"]
+    config.cells.base.config.stages.pretrain.train.optimizer.learning_rate = 0.125
+    changed = {name: study.asked(study.plan(config), name) for name in config.cells}
+    assert not set(changed.values()) & set(asked.values())
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda c: c.study.update(set="gsm8k"),
+            r"study\.set is 'gsm8k'; cells\.\S+ has arithmetic",
+        ),
+        (
+            lambda c: c.cells["short-0"].config.stages.sft.init.update({"from": "absent@sft"}),
+            r"init\.from is 'absent@sft'; absent holds no config\.json",
+        ),
+        (
+            lambda c: c.cells.base.config.stages.pretrain.init.update({"from": "a-long@sft"}),
+            r"cells\.a-long needs 'base', which needs it",
+        ),
+        (lambda c: c.study.layout.update(line=""), r"study\.layout\.line is ''"),
+    ],
+)
+def test_a_grid_that_cannot_run_is_refused_at_once(tmp_path, change, says, monkeypatch):
+    monkeypatch.setattr(pipeline, "run", lambda *_: pytest.fail("a cell was run"))
+    config = grid(tmp_path / "kept")
+    change(config)
+    with pytest.raises(ValueError, match=says):
+        study.run(config, tmp_path / "w")
+
+
+def test_an_unknown_key_of_a_cell_is_named():
+    config = grid("kept")
+    config.cells.base.config.stages.pretrain.train.step = 3
+    with pytest.raises(ValueError, match=r"has a key 'step' that nothing reads; did you mean"):
+        defaults.check_keys(config)
+
+
+def cell(arm, correct, seed=0, tokens=10.0):
+    return {
+        "facts": {"arm": arm}, "seed": seed, "correct": correct, "metrics_samples": 4,
+        "metrics": {"mean_tokens": tokens},
+    }  # fmt: skip
+
+
+def test_comparisons_are_by_problem():
+    gain, (low, high), number = study_report.compare(
+        [cell("a", "4444", 0), cell("a", "4442", 1)], [cell("b", "4040")]
+    )
+    assert number == 4 and gain == pytest.approx((0 + 1 + 0 + 0.75) / 4)
+    assert low >= 0 and high <= 1
+    with pytest.raises(ValueError, match="problems"):
+        study_report.compare([cell("a", "44")], [cell("b", "444")])
+
+
+def test_the_spread_is_over_seeds():
+    assert study_report.spread([0.5, 0.7], ".2f") == "0.60 ± 0.14"
+    assert study_report.spread([0.5], ".2f") == "0.50"
+    assert study_report.spread([None, 1.0], ".2f") == "-"
+
+
+def test_the_shipped_study_has_the_arms_that_were_declared():
+    config = launch.load_config("study_valley")
+    defaults.check_keys(config)
+    cells = study.plan(config)
+    assert len(cells) == 73
+    long = [c for c in cells.values() if c.facts["arm"] == "long"]
+    assert {sum(c.updates.values()) for c in long} == {128}  # the paper's rule
+    scales = {c.facts["expressions"] for c in long}
+    assert len(scales) == 4 and max(scales) == 64 * min(scales)
+    one = {c.facts["expressions"]: sum(c.updates.values()) for c in cells.values()
+           if c.facts["arm"] == "one batch"}  # fmt: skip
+    assert one == {64: 8, 4096: 512}
