@@ -35,7 +35,7 @@ from jaxreason.recipes import defaults
 PROMPT = "{expression}="
 MODELS = {
     "mini": dict(num_layers=3, embed_dim=96, mlp_dim=288, num_heads=3, num_kv_heads=1),
-    "tiny": dict(),
+    "tiny": {},
 }
 SCALES = (64, 256, 1024, 4096)
 UPDATES, EPOCHS, ONE_BATCH = 128, 4, 32
@@ -55,15 +55,16 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if smoke:
         c.study.folder = "runs/study_valley_smoke"
+    scales, updates = ((8, 32), 4) if smoke else (SCALES, UPDATES)
     for model in MODELS:
         start = f"{model}-start"
         c.cells[start] = defaults.cell(_start(model, smoke), model=model, arm="start")
-        for scale in SCALES:
-            ends = scale in (SCALES[0], SCALES[-1])
-            for seed in range(3 if ends else 1):
+        for scale in scales:
+            ends = scale in (scales[0], scales[-1])
+            for seed in range(3 if ends and not smoke else 1):
                 facts = dict(model=model, expressions=scale)
                 name = f"{model}-%s-{scale}-{seed}"
-                batch = scale * EPOCHS // UPDATES
+                batch = scale * EPOCHS // updates
                 make = lambda *stages, scale=scale, seed=seed, model=model: _cell(
                     model, scale, seed, smoke, dict(stages)
                 )
@@ -86,8 +87,8 @@ def get_config(arg: str = "") -> ConfigDict:
                     c.cells[name % arm] = defaults.cell(make(("sft", stage)), arm=named, **facts)
     for arm, source in (
         ("RL from start", f"{RL_MODEL}-start@short"),
-        (f"RL from long {SCALES[0]}", f"{RL_MODEL}-long-{SCALES[0]}-0@sft"),
-        (f"RL from long {SCALES[-1]}", f"{RL_MODEL}-long-{SCALES[-1]}-0@sft"),
+        (f"RL from long {scales[0]}", f"{RL_MODEL}-long-{scales[0]}-0@sft"),
+        (f"RL from long {scales[-1]}", f"{RL_MODEL}-long-{scales[-1]}-0@sft"),
     ):
         stages = {"rl": _rl(source, smoke)}
         name = f"{RL_MODEL}-{arm.replace(' ', '-')}"
@@ -119,7 +120,11 @@ def _cell(model: str, num_train: int, seed: int, smoke: bool, stages: dict) -> C
     c.run.update(export=False, keep=1, save_every=10_000)
     c.log.every = 100
     c.eval.rows = 640
-    c.eval.sets = {"arithmetic": defaults.arithmetic_eval(prompt_template=PROMPT, max_tokens=280)}
+    c.eval.sets = {
+        "arithmetic": defaults.arithmetic_eval(
+            prompt_template=PROMPT, num_samples=4, max_tokens=280
+        )
+    }
     return c
 
 
@@ -142,9 +147,9 @@ def _sft(rendering: str, start: str, scale: int, batch: int) -> dict:
     """EPOCHS over the data; the learning rate is the same at every scale, as in the paper."""
     rows = -(-batch * 150 // 288) + 2  # a long chain has 115 tokens on average, 288 at most
     stage = _stage(rendering, start, rows=rows, length=288, examples=batch)
-    stage["train"]["steps"] = scale * EPOCHS // batch
+    updates = stage["train"]["steps"] = scale * EPOCHS // batch
     stage["train"]["optimizer"].update(
-        name="adamw", learning_rate=1e-3, weight_decay=0.0, warmup_steps=6
+        name="adamw", learning_rate=1e-3, weight_decay=0.0, warmup_steps=min(6, updates // 2)
     )
     return stage
 

@@ -1,16 +1,19 @@
 """A grid of small runs and one report: which arm does what, at which scale, over seeds.
 
 Every cell of `config.cells` is a run of the recipe `pipeline` in WORKDIR/NAME. It may start from,
-or learn from, stages of other cells, as `init.from = "NAME@STAGE"`; those come first. What a cell
-found is one small file, FOLDER/NAME.json. A cell whose file is there is not run again, unless its
-config, or that of a cell it builds on, is another one than the file was made with. So the grid goes
-on where it stopped, on another machine too: there, only what a missing cell builds on is run again.
+or learn from, stages of other cells, as `init.from = "NAME@STAGE"` or the `path` "NAME@STAGE.PART"
+of a source; those cells come first. What a cell found is one small file, FOLDER/NAME.json. A cell
+whose file is there is not run again, unless its config, or that of a cell it builds on, is another
+one than the file was made with. So the grid goes on where it stopped, on another machine too:
+there, only what a missing cell builds on is run again.
 """
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import pathlib
 import re
 import time
@@ -25,7 +28,9 @@ from jaxreason.recipes.workdir import flatten
 from jaxreason.report.summary import read_lines, write_whole
 from jaxreason.train.metrics import Progress
 
-_FROM = re.compile(r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from)")
+_FROM = re.compile(
+    r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from|data\.sources\.\w+\.path)"
+)
 _UNASKED = re.compile(r"(run|log|mesh)\..*|name")  # how a cell is executed, not what it finds
 _NAME = re.compile(r"[\w-]+")
 
@@ -80,23 +85,29 @@ def plan(config: ConfigDict) -> dict[str, Cell]:
 
 
 def _needs(config: ConfigDict, name: str) -> tuple[str, ...]:
-    """The cells that a cell's starts name. Raises ValueError for a start that there is not."""
-    keys, needs = flatten(config.cells[name].config.to_dict()), []
-    for key, start in keys.items():
-        if not _FROM.fullmatch(key) or start == "" or start.startswith("@"):
-            continue
-        other, _, stage = start.partition("@")
-        try:
-            if other in config.cells and other != name:
-                known = config.cells[other].config.stages
-                if stage not in known:
-                    raise ValueError(f"init.from is {start!r}; it has {', '.join(known)}")
-                needs.append(other)
-            else:
-                checkpoints.parse(start)
-        except ValueError as error:
-            raise ValueError(f"cells.{name}.config.{key}: {error}") from error
+    """The cells that a cell starts or learns from. Raises ValueError for what there is not."""
+    needs = []
+    for key, value in flatten(config.cells[name].config.to_dict()).items():
+        other, stage = _split(key, value)
+        if other in config.cells and other != name:
+            known = config.cells[other].config.stages
+            if stage.partition(".")[0] not in known:
+                raise ValueError(
+                    f"cells.{name}.config.{key} is {value!r}; {other} has {', '.join(known)}"
+                )
+            needs.append(other)
+        elif other and key.endswith(".from"):
+            try:
+                checkpoints.parse(value)
+            except ValueError as error:
+                raise ValueError(f"cells.{name}.config.{key}: {error}") from error
     return tuple(dict.fromkeys(needs))
+
+
+def _split(key: str, value: Any) -> tuple[str, str]:
+    """(NAME, what of it) of a key that may name another cell's work."""
+    name, _, rest = value.partition("@") if _FROM.fullmatch(key) else ("", "", "")
+    return name, rest
 
 
 def asked(cells: dict[str, Cell], name: str) -> str:
@@ -149,14 +160,16 @@ def _run_cell(
 
 
 def _resolved(cell: Cell, folder: pathlib.Path) -> ConfigDict:
-    """The cell's config with the workdirs of other cells in the place of their names."""
+    """The cell's config with paths into the workdirs of other cells in the place of their names."""
     config = copy.deepcopy(cell.config)
-    for stage in config.stages.values():
-        sections = [stage.init, stage.get("gate", {}), stage.get("train", {}).get("teacher", {})]
-        for section in sections:
-            name, at, stage_name = section.get("from", "").partition("@")
-            if name in cell.needs:
-                section["from"] = f"{folder / name}{at}{stage_name}"
+    for key, value in flatten(cell.config.to_dict()).items():
+        other, rest = _split(key, value)
+        if other not in cell.needs:
+            continue
+        below = folder.absolute() / other
+        *sections, last = key.split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        section[last] = f"{below / 'data' / rest}.jsonl" if last == "path" else f"{below}@{rest}"
     return config
 
 

@@ -1,0 +1,94 @@
+"""Long chains cut to what their student needs: what is lost in accuracy, what is saved in tokens.
+
+  python -m jaxreason.launch --config=study_pruning          half an hour on 2 CPU cores
+  python -m jaxreason.launch --config=study_pruning:smoke    the same in little
+
+After Efficient Long CoT (arXiv 2505.18440), on the arithmetic of study_valley: of the long chains
+7 of 10 end in one or two reviews of all steps, half of the steps are checked, a fifth is first
+wrong. The `tiny` model taught by short chains learns 8,192 such chains (`full`), and is then asked
+itself, by binary search, how much of each it needs. From the same start, in as many updates:
+
+  pruned         the chains cut so
+  first correct  cut after the first step that names the answer (the paper's baseline)
+  random         cut anywhere
+  dpo            after `pruned`, the pruned over the full chain, with 0.3 of the SFT loss
+
+Three seeds, of the expressions and their order, on the same 2,000 held-out expressions. `full`
+also asks the student after every step of its first 200 chains. What binary search takes for
+granted, that a longer prefix is never worse, is said in its file under stages.exhaustive.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxreason.launch import load_config
+from jaxreason.recipes import defaults
+
+EXPRESSIONS, SEEDS = 8192, 3
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "smoke"):
+        raise ValueError(f"--config=study_pruning:{arg}: the argument is nothing or smoke")
+    smoke = arg == "smoke"
+    valley = load_config(f"study_valley:{arg}")
+    scale = 32 if smoke else 4096
+    c = defaults.study_config(
+        "study_pruning" + ("_smoke" if smoke else ""),
+        title="Pruned chains of thought, on arithmetic",
+        compare=(("pruned", "full"), ("first correct", "full"), ("random", "full"),
+                 ("dpo", "full"), ("dpo", "pruned")),
+    )  # fmt: skip
+    if smoke:
+        c.study.folder = "runs/study_pruning_smoke"
+    c.cells["start"] = valley.cells["tiny-start"]
+    for seed in range(1 if smoke else SEEDS):
+        base = valley.cells[f"tiny-pruned-{scale}-{0 if smoke else seed}"].config
+        stage, prune = base.stages.sft.to_dict(), base.stages.prune.to_dict()
+        stage["init"]["from"] = "start@short"
+        stage["train"]["steps"] = 2 if smoke else 2 * EXPRESSIONS // 128  # 2 epochs
+        prune["init"]["from"] = f"full-{seed}@sft"
+
+        def cell(arm: str, base=base, seed=seed, **stages) -> dict:
+            config = base.copy_and_resolve_references()
+            config.arithmetic.update(
+                num_train=200 if smoke else EXPRESSIONS, num_test=60 if smoke else 2000
+            )
+            config.eval.sets.arithmetic.limit = 0  # all
+            config.seed = config.arithmetic.train_seed = seed
+            config.stages = stages
+            return defaults.cell(config, arm=arm)
+
+        long = ConfigDict(stage)
+        long.data.sources = {"arithmetic": prune["data"]["sources"]["arithmetic"]}
+        every = ConfigDict(prune)
+        every.update({"method": "exhaustive", "init": {"from": "@sft"}})
+        every.data.limit = 40 if smoke else 200
+        c.cells[f"full-{seed}"] = cell("full", sft=long, exhaustive=every)
+        for arm, method in (
+            ("pruned", "binary"),
+            ("first correct", "first_correct"),
+            ("random", "random"),
+        ):
+            name = f"{arm.replace(' ', '_')}-{seed}"
+            c.cells[name] = cell(arm, prune={**prune, "method": method}, sft=stage)
+        c.cells[f"dpo-{seed}"] = cell("dpo", dpo=_dpo(stage, seed, smoke))
+    return c
+
+
+def _dpo(stage: dict, seed: int, smoke: bool) -> ConfigDict:
+    """beta 0.1 and 0.3 of the SFT loss (objective `pruning`); a pair of rows holds both chains."""
+    dpo = ConfigDict(stage)
+    dpo.init["from"] = f"pruned-{seed}@sft"
+    dpo.data.sources = {
+        "pairs": defaults.source(
+            name="pairs",
+            path=f"pruned-{seed}@prune.pairs",
+            prompt_field="prompt",
+            chosen_field="chosen",
+            rejected_field="rejected",
+        )
+    }
+    dpo.data.update(packing="first_fit", rows=16, length=576, examples_per_batch=None)
+    dpo.train.update(objective="pruning", steps=2 if smoke else 64)
+    dpo.train.optimizer.update(learning_rate=1e-4, warmup_steps=1 if smoke else 6)
+    return dpo
