@@ -4,9 +4,9 @@
   python -m jaxreason.launch --config=study_pruning:smoke    the same in little
 
 After Efficient Long CoT (arXiv 2505.18440), on the arithmetic of study_valley: of the long chains
-7 of 10 end in one or two reviews of all steps, half of the steps are checked, a fifth is first
-wrong. The `tiny` model taught by short chains learns 8,192 such chains (`full`), and is then asked
-itself, by binary search, how much of each it needs. From the same start, in as many updates:
+half end in a review of all steps, three steps of ten are checked, one of ten is first wrong. The
+`tiny` model taught by short chains learns 6,144 such chains (`full`), and is then asked itself,
+by binary search, how much of each it needs. From the same start, in as many updates:
 
   pruned         the chains cut so
   first correct  cut after the first step that names the answer (the paper's baseline)
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from jaxreason.launch import load_config
 from jaxreason.recipes import defaults
 
-EXPRESSIONS, SEEDS = 8192, 3
+SEEDS = 3
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -31,30 +31,29 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"--config=study_pruning:{arg}: the argument is nothing or smoke")
     smoke = arg == "smoke"
     valley = load_config(f"study_valley:{arg}")
-    scale = 32 if smoke else 4096
+    scale = 32 if smoke else 6144
     c = defaults.study_config(
         "study_pruning" + ("_smoke" if smoke else ""),
+        folder="runs/study_pruning_smoke" if smoke else "docs/study/pruning",
         title="Pruned chains of thought, on arithmetic",
         compare=(("pruned", "full"), ("first correct", "full"), ("random", "full"),
                  ("dpo", "full"), ("dpo", "pruned")),
     )  # fmt: skip
-    if smoke:
-        c.study.folder = "runs/study_pruning_smoke"
     c.cells["start"] = valley.cells["tiny-start"]
     for seed in range(1 if smoke else SEEDS):
         base = valley.cells[f"tiny-pruned-{scale}-{0 if smoke else seed}"].config
         stage, prune = base.stages.sft.to_dict(), base.stages.prune.to_dict()
         stage["init"]["from"] = "start@short"
-        stage["train"]["steps"] = 2 if smoke else 2 * EXPRESSIONS // 128  # 2 epochs
+        stage["train"]["steps"] = 2 if smoke else 2 * scale // 128  # 2 epochs
         prune["init"]["from"] = f"full-{seed}@sft"
 
         def cell(arm: str, base=base, seed=seed, **stages) -> dict:
             config = base.copy_and_resolve_references()
             config.arithmetic.update(
-                num_train=200 if smoke else EXPRESSIONS, num_test=60 if smoke else 2000
+                num_train=200 if smoke else scale, num_test=60 if smoke else 2000
             )
             config.eval.sets.arithmetic.limit = 0  # all
-            config.seed = config.arithmetic.train_seed = seed
+            config.seed, config.arithmetic.train_seed = seed, seed + 1
             config.stages = stages
             return defaults.cell(config, arm=arm)
 
@@ -88,7 +87,7 @@ def _dpo(stage: dict, seed: int, smoke: bool) -> ConfigDict:
             rejected_field="rejected",
         )
     }
-    dpo.data.update(packing="first_fit", rows=16, length=576, examples_per_batch=None)
+    dpo.data.update(packing="first_fit", rows=16, length=448, examples_per_batch=None)
     dpo.train.update(objective="pruning", steps=2 if smoke else 64)
     dpo.train.optimizer.update(learning_rate=1e-4, warmup_steps=1 if smoke else 6)
     return dpo

@@ -13,7 +13,7 @@ import pytest
 
 from jaxreason import launch
 from jaxreason.data.arithmetic import ArithmeticConfig
-from jaxreason.recipes import assemble, checkpoints, defaults
+from jaxreason.recipes import assemble, checkpoints, defaults, study
 from jaxreason.recipes.pipeline import stages_of
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,6 +22,8 @@ ARGUMENTS = {
     "quickstart": ("", "smoke"),
     "pretrain": ("", "smoke", "b200"),
     "sft": ("", "smoke", "hf"),
+    "study_pruning": ("", "smoke"),
+    "study_valley": ("", "smoke"),
     "traces": ("", "smoke"),
     "rl": ("", "smoke", "countdown", "gsm8k", "hf"),
     "eval": ("", "smoke", "arithmetic"),
@@ -50,6 +52,11 @@ def test_shipped_config_loads_and_describes_what_can_be_built(name, arg, monkeyp
     monkeypatch.chdir(ROOT)
     config = launch.load_config(f"{name}:{arg}")
     assert config.recipe in launch.RECIPES
+    if config.recipe == "study":
+        defaults.check_keys(config)
+        monkeypatch.setattr(assemble, "device_mesh", lambda mesh: None)  # not the suite's eight
+        study.plan(config)
+        return
     if "arithmetic" in config:
         ArithmeticConfig(**config.arithmetic.to_dict())
     assemble.architecture(config, checkpoints.parse("random"))

@@ -288,8 +288,8 @@ def prune_config(**changes) -> dict:
 _OF_THE_PROCESS = ("deterministic", "compilation_cache", "processes")
 
 
-def study_config(name: str, **layout) -> ConfigDict:
-    """A whole config of the recipe `study`; `layout` as report.study.Layout takes it."""
+def study_config(name: str, folder: str, **layout) -> ConfigDict:
+    """A whole config of the recipe `study`; `layout` as study_report.Layout takes it."""
     shared = default_config(name, "study")
     fields = {f.name: f.default for f in dataclasses.fields(Layout)}
     return ConfigDict(
@@ -298,7 +298,7 @@ def study_config(name: str, **layout) -> ConfigDict:
             "recipe": "study",
             "run": {key: shared.run[key] for key in _OF_THE_PROCESS},  # for all cells
             "study": {
-                "folder": f"docs/study/{name}",  # a JSON file for each finished cell, report.md
+                "folder": folder,  # a JSON file for each finished cell, report.md
                 "set": "arithmetic",  # of eval.sets, what is reported
                 "layout": {**fields, "title": name, **layout},
             },
@@ -422,7 +422,7 @@ def text_eval(path: str, **changes) -> dict:
 def check_keys(config: ConfigDict) -> None:
     """Raises ValueError for a key of a config file that no recipe would read."""
     if config.recipe == "study":
-        known = study_config("").to_dict() | {"cells": lambda _: {"facts": {}, "config": {}}}
+        known = study_config("", "").to_dict() | {"cells": lambda _: {"facts": {}, "config": {}}}
         _check_keys(config.to_dict(), known, "config")
         for entry in config.cells.values():
             check_keys(entry.config)

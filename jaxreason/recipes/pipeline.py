@@ -40,15 +40,16 @@ Stage = fit.Stage | rl.RLStage | traces.TracesStage | prune.PruneStage | scaling
 def stages_of(config: ConfigDict) -> list[Stage]:
     """Raises ValueError for whatever is wrong with any stage, before the first one runs."""
     if "stages" not in config:
-        return [_plan(config, config.name, config)]
+        return [plan_stage(config, config.name, config)]
     stages = []
     for name, section in config.stages.items():
         with _naming(config, name):
-            stages.append(_plan(config, name, section))
+            stages.append(plan_stage(config, name, section))
     return _in_order(stages)
 
 
-def _plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
+def plan_stage(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
+    """Raises ValueError for whatever can be seen to be wrong with a stage by itself."""
     kinds = {**_RUNNING, "scaling": scaling}
     if section.kind not in kinds:
         raise ValueError(f"kind is {section.kind!r}; it must be one of {', '.join(kinds)}")

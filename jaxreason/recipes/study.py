@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def updates(self) -> dict[str, int]:
-        """Of each stage that trains, in the order of the config."""
+        """Of each stage that trains."""
         return {
             name: stage.train.steps * stage.train.get("updates", 1)
             * stage.train.get("num_iterations", 1)
@@ -55,8 +55,19 @@ class Cell:
 
     @property
     def judged(self) -> str:
-        """The stage that is reported: the last that trains."""
-        return list(self.updates)[-1]
+        """The stage that is reported: the one that trains and that no other starts from."""
+        starts = {
+            value.lstrip("@") for key, value in flatten(self.config.to_dict()).items()
+            if _FROM.fullmatch(key) and key.endswith("init.from")
+            and self.config.stages[key.split(".")[1]].kind in ("fit", "rl")
+        }  # fmt: skip
+        last = [name for name in self.updates if name not in starts]
+        if len(last) != 1:
+            raise ValueError(
+                f"cells.{self.name} ends in {', '.join(last) or 'no stage'}; one stage that trains "
+                "must be the last, for it is what the report is of"
+            )
+        return last[0]
 
 
 def plan(config: ConfigDict) -> dict[str, Cell]:
@@ -67,6 +78,8 @@ def plan(config: ConfigDict) -> dict[str, Cell]:
         if not _NAME.fullmatch(name):
             raise ValueError(f"cells has {name!r}; names are of letters, digits, '_' and '-'")
         cells[name] = Cell(name, entry.facts.to_dict(), entry.config, _needs(config, name))
+        cells[name].judged  # noqa: B018
+        _check(cells[name])
         if config.study.set not in entry.config.eval.sets:
             raise ValueError(
                 f"study.set is {config.study.set!r}; cells.{name}.config.eval.sets has "
@@ -106,7 +119,9 @@ def _needs(config: ConfigDict, name: str) -> tuple[str, ...]:
 
 def _split(key: str, value: Any) -> tuple[str, str]:
     """(NAME, what of it) of a key that may name another cell's work."""
-    name, _, rest = value.partition("@") if _FROM.fullmatch(key) else ("", "", "")
+    if not _FROM.fullmatch(key) or not isinstance(value, str):
+        return "", ""
+    name, _, rest = value.partition("@")
     return name, rest
 
 
@@ -147,29 +162,48 @@ def _run_cell(
     cell = cells[name]
     for other in cell.needs:
         _run_cell(cells, other, folder, kept, of, done)
-    workdir, began = folder / name, time.monotonic()
+    workdir, began, used = folder / name, time.monotonic(), time.process_time()
     pipeline.run(_resolved(cell, folder), workdir)
     jax.clear_caches()  # the next cell's programs are its own
     if _kept(kept, cells, name) is None:
         facts = {"name": name, "facts": cell.facts, "seed": cell.config.seed,
                  "asked": asked(cells, name), "jax": jax.__version__,
-                 "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+                 "seconds": round(time.monotonic() - began, 1),
+                 "cpu_seconds": round(time.process_time() - used, 1)}  # fmt: skip
         found = facts | findings(cell, workdir, of)
         write_whole(kept / f"{name}.json", json.dumps(found, indent=1) + "\n")
     done.add(name)
 
 
-def _resolved(cell: Cell, folder: pathlib.Path) -> ConfigDict:
-    """The cell's config with paths into the workdirs of other cells in the place of their names."""
+def _check(cell: Cell) -> None:
+    """Raises ValueError, before any cell is run, for a stage that could not be."""
+    config = _resolved(cell, None)
+    for name, section in config.stages.items():
+        try:
+            pipeline.plan_stage(config, name, section)
+        except ValueError as error:
+            raise ValueError(f"cells.{cell.name}.config.stages.{name}: {error}") from error
+
+
+def _resolved(cell: Cell, folder: pathlib.Path | None) -> ConfigDict:
+    """The cell's config with paths into the workdirs of other cells in the place of their names.
+
+    Args:
+      folder: of the workdirs; None: there are none yet, other cells' work is as the cell's own.
+    """
     config = copy.deepcopy(cell.config)
     for key, value in flatten(cell.config.to_dict()).items():
         other, rest = _split(key, value)
         if other not in cell.needs:
             continue
-        below = folder.absolute() / other
         *sections, last = key.split(".")
         section = functools.reduce(operator.getitem, sections, config)
-        section[last] = f"{below / 'data' / rest}.jsonl" if last == "path" else f"{below}@{rest}"
+        if folder is None:
+            section[last] = f"@{rest}"
+        elif last == "path":
+            section[last] = f"{folder.absolute() / other / 'data' / rest}.jsonl"
+        else:
+            section[last] = f"{folder.absolute() / other}@{rest}"
     return config
 
 
