@@ -17,6 +17,7 @@ import operator
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,9 +30,10 @@ from jaxreason.report.summary import read_lines, write_whole
 from jaxreason.train.metrics import Progress
 
 _FROM = re.compile(
-    r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from|data\.sources\.\w+\.path)"
+    r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from|solvers|data\.sources\.\w+\.path)"
 )
 _UNASKED = re.compile(r"(run|log|mesh)\..*|name")  # how a cell is executed, not what it finds
+_UNSET = (None, "", (), [], {})
 _NAME = re.compile(r"[\w-]+")
 
 
@@ -101,34 +103,40 @@ def _needs(config: ConfigDict, name: str) -> tuple[str, ...]:
     """The cells that a cell starts or learns from. Raises ValueError for what there is not."""
     needs = []
     for key, value in flatten(config.cells[name].config.to_dict()).items():
-        other, stage = _split(key, value)
-        if other in config.cells and other != name:
-            known = config.cells[other].config.stages
-            if stage.partition(".")[0] not in known:
-                raise ValueError(
-                    f"cells.{name}.config.{key} is {value!r}; {other} has {', '.join(known)}"
-                )
-            needs.append(other)
-        elif other and key.endswith(".from"):
-            try:
-                checkpoints.parse(value)
-            except ValueError as error:
-                raise ValueError(f"cells.{name}.config.{key}: {error}") from error
+        for text in _named(key, value):
+            other, _, stage = text.partition("@")
+            where = f"cells.{name}.config.{key}"
+            if other in config.cells and other != name:
+                known = config.cells[other].config.stages
+                if stage.partition(".")[0] not in known:
+                    raise ValueError(f"{where} is {text!r}; {other} has {', '.join(known)}")
+                needs.append(other)
+            elif other and not key.endswith(".path"):
+                try:
+                    checkpoints.parse(text)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
     return tuple(dict.fromkeys(needs))
 
 
-def _split(key: str, value: Any) -> tuple[str, str]:
-    """(NAME, what of it) of a key that may name another cell's work."""
-    if not _FROM.fullmatch(key) or not isinstance(value, str):
-        return "", ""
-    name, _, rest = value.partition("@")
-    return name, rest
+def _named(key: str, value: Any) -> Sequence[str]:
+    """What a key names that another cell's work may stand in."""
+    if not _FROM.fullmatch(key):
+        return ()
+    return (value,) if isinstance(value, str) else value
 
 
 def asked(cells: dict[str, Cell], name: str) -> str:
-    """A digest of all that decides what the cell finds: its config and those it builds on."""
+    """A digest of all that decides what the cell finds: its config and those it builds on.
+
+    Keys that are not set are left out, so that a file outlives a key that is new and unset.
+    """
     cell = cells[name]
-    found = {k: v for k, v in flatten(cell.config.to_dict()).items() if not _UNASKED.fullmatch(k)}
+    found = {
+        key: value
+        for key, value in flatten(cell.config.to_dict()).items()
+        if not _UNASKED.fullmatch(key) and value not in _UNSET
+    }
     below = [asked(cells, other) for other in cell.needs]
     text = json.dumps([found, below], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -192,18 +200,22 @@ def _resolved(cell: Cell, folder: pathlib.Path | None) -> ConfigDict:
       folder: of the workdirs; None: there are none yet, other cells' work is as the cell's own.
     """
     config = copy.deepcopy(cell.config)
-    for key, value in flatten(cell.config.to_dict()).items():
-        other, rest = _split(key, value)
+
+    def resolved(key: str, text: str) -> str:
+        other, _, rest = text.partition("@")
         if other not in cell.needs:
-            continue
-        *sections, last = key.split(".")
-        section = functools.reduce(operator.getitem, sections, config)
+            return text
         if folder is None:
-            section[last] = f"@{rest}"
-        elif last == "path":
-            section[last] = f"{folder.absolute() / other / 'data' / rest}.jsonl"
-        else:
-            section[last] = f"{folder.absolute() / other}@{rest}"
+            return f"@{rest}"
+        below = folder.absolute() / other
+        return f"{below / 'data' / rest}.jsonl" if key.endswith(".path") else f"{below}@{rest}"
+
+    for key, value in flatten(cell.config.to_dict()).items():
+        if any(text.partition("@")[0] in cell.needs for text in _named(key, value)):
+            *sections, last = key.split(".")
+            section = functools.reduce(operator.getitem, sections, config)
+            made = [resolved(key, text) for text in _named(key, value)]
+            section[last] = made[0] if isinstance(value, str) else type(value)(made)
     return config
 
 
