@@ -14,7 +14,7 @@ from jaxreason.model.config import DecoderConfig
 from jaxreason.model.lora import LoraConfig
 from jaxreason.model.rope import RopeScaling
 from jaxreason.objectives.advantage import Advantage, TeacherAdvantage
-from jaxreason.objectives.distill import TopKDistillation
+from jaxreason.objectives.distill import DistillConfig, TopKDistillation
 from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.objectives.preference import Preference
 from jaxreason.parallel.mesh import AXES
@@ -172,6 +172,9 @@ def rl_config() -> dict:
             "temperature": 1.0,
             "filter_zero_std": True,
             "max_gen_batches": 10,
+            # Share of the steps on samples, the rest on the sources' own answers (response_field,
+            # rendering); unset: the algorithm's, 0.5 of gkd and else 1
+            "lmbda": config_dict.placeholder(float),
             "solved_by": "accuracy",  # the reward whose mean is a prompt's solve rate
             "asynchronous": False,  # step n + 1 is sampled while step n is learnt from
             "max_mult_prob_error": 1.05,
@@ -187,8 +190,12 @@ def rl_config() -> dict:
             "policy": switches(PolicyGradient, "temperature", "max_length"),
             "advantage": switches(Advantage),
             # A checkpoint, as init.from, with this run's tokens; what it says of each sampled
-            # token is added to the advantages (algorithm opd: is all that is learnt).
+            # token is added to the advantages (algorithm opd: is all that is learnt). Beside a
+            # divergence from it (`distill`) only where the algorithm or a switch here asks for it.
             "teacher": {"from": "", **switches(TeacherAdvantage)},
+            # A term of the loss over the whole vocabulary, where the algorithm (gkd, minillm) or a
+            # switch here asks for it; temperature unset: the rollout's.
+            "distill": switches(DistillConfig, "nll_coef"),
             "entropy_coef": 0.0,
             "entropy_target": config_dict.placeholder(float),  # nats a token: adaptive entropy
             "updates": 4,  # a rollout is split into so many
