@@ -290,6 +290,24 @@ def prune_config(**changes) -> dict:
     }
 
 
+def topk_config(**changes) -> dict:
+    """One entry of `stages`: a teacher's k likeliest tokens at every place of the sources.
+
+    A later stage of train.objective = distill_topk reads data/STAGE by `data.teacher="@STAGE"`. Its
+    `data` must make the same documents: the same sources, length, max_tokens and truncation.
+    """
+    return {
+        "kind": "topk",
+        "init": {"from": ""},  # the teacher, with this run's tokens
+        "data": stage_config()["data"],  # as the stage that reads it has, but for `teacher`
+        "k": 64,
+        "temperature": 1.0,  # of the log-probs; train.distill.temperature must be the same
+        "part_documents": 128,  # a file has so many, and a kill loses one file at most
+        "rows": 8,  # rows of data.length that the teacher reads at a time
+        **changes,
+    }
+
+
 def generate_config() -> dict:
     """The keys of the recipe `generate`, beside the shared ones."""
     return {
@@ -423,6 +441,9 @@ def _stage_keys(stage: dict) -> dict:
         known["data"]["sources"] = lambda _: _fields(PromptSource)
     elif stage["kind"] == "prune":
         known = prune_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(SourceConfig)
+    elif stage["kind"] == "topk":
+        known = topk_config()
         known["data"]["sources"] = lambda _: _fields(SourceConfig)
     else:  # refused by name where stages are planned
         known = stage
