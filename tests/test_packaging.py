@@ -23,6 +23,8 @@ ARGUMENTS = {
     "pretrain": ("", "smoke", "b200"),
     "sft": ("", "smoke", "hf"),
     "traces": ("", "smoke"),
+    "distill": ("", "smoke", "rewarded", "minillm", "opd", "logit-smoke", "topk", "sequence"),
+    "lfm": ("", "smoke"),
     "rl": ("", "smoke", "countdown", "gsm8k", "hf"),
     "eval": ("", "smoke", "arithmetic"),
     "generate": ("", "smoke"),
