@@ -3,7 +3,7 @@
   python -m jaxreason.launch --config=distill            gkd
   python -m jaxreason.launch --config=distill:METHOD     gkd, minillm, opd, logit, topk, sequence
                                                          or rewarded
-  python -m jaxreason.launch --config=distill:smoke      gkd; METHOD-smoke: any, under a minute
+  python -m jaxreason.launch --config=distill:smoke      gkd; METHOD-smoke: any, about a minute
 
 `teacher` learns long chains of thought; `start`, the same model from other random weights, has a
 short taste of them (all on-policy methods want a student that answers at all); `student` goes on
@@ -20,8 +20,8 @@ from there by METHOD:
 
 A teacher of another shape: --config.stages.student.train.teacher.from=WORKDIR@STAGE (of topk and
 sequence stages.topk.init.from, stages.traces.init.from), with this run's tokens. The quickstart's
-expressions and, for `teacher`, its 400 updates. Run so far: the smoke forms, on CPU; no figures of
-the full ones yet.
+expressions and, for `teacher`, its 400 updates. Run so far: smoke forms, on CPU; no figures of the
+full ones yet.
 """
 
 from ml_collections import ConfigDict
@@ -44,7 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     c = defaults.default_config("distill" if not arg else f"distill-{arg}", "pipeline")
     c.chat.template = "plain"
-    c.model = defaults.model_config("qwen3-tiny", vocab_size=261)
+    layers = {"num_layers": 2} if smoke else {}  # half of what there is to compile
+    c.model = defaults.model_config("qwen3-tiny", vocab_size=261, **layers)
     c.arithmetic = defaults.arithmetic_config(
         min_operations=1 if smoke else 2,
         max_operations=1 if smoke else 4,

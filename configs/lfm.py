@@ -1,7 +1,7 @@
 """LFM-1.3B-Math: much fine-tuning on long chains of thought, then RL for short ones.
 
   python -m jaxreason.launch --config=lfm --config.stages.sft.init.from=DIR
-  python -m jaxreason.launch --config=lfm:smoke    arithmetic, random weights, under a minute
+  python -m jaxreason.launch --config=lfm:smoke    arithmetic, random weights, about a minute
 
 Source: T. Seyde et al., "LFM-1B-Math: Can small models be concise reasoners?", Liquid AI, 2025.
 What is known, most of it from others' notes and not from the page itself:
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.run.save_every = 10 if smoke else 200
     if smoke:
         c.chat.template = "plain"
-        c.model = defaults.model_config("qwen3-tiny", vocab_size=261)
+        c.model = defaults.model_config("qwen3-tiny", vocab_size=261, num_layers=2)
         c.arithmetic = defaults.arithmetic_config(
             min_operations=1, max_operations=1, max_operand=9, cap=200, num_train=120, num_test=24
         )
