@@ -12,7 +12,8 @@ loss of a target is kd_coef * divergence + nll_coef * -log Q_1(target), Q_1 at t
   skew_reverse_kl  KL(Q || alpha * Q + (1 - alpha) * P)
 
 On the student's own samples (GKD, MiniLLM) it is a term of objectives/on_policy.py: no gradient
-flows through what was sampled. Means are over the weights of all targets, so padding has no part in them.
+flows through what was sampled. Means are over the weights of all targets, so padding has no part in
+them.
 """
 
 import dataclasses
