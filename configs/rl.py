@@ -8,7 +8,8 @@
 
 The algorithm is --config.train.algorithm (stages.rl.train.algorithm where there are stages): grpo,
 dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce_pp_baseline or ppo; each switch of its
-loss and its advantages can be set beside it, as --config.train.policy.epsilon_high=0.28.
+loss and its advantages can be set beside it, as --config.train.policy.epsilon_high=0.28. Those that
+learn from a teacher (opd, gkd, minillm) are in configs/distill.py.
 
 Arithmetic: the expressions of the quickstart, whose workdir must exist (runs/quickstart, or
 --config.init.from=WORKDIR@STAGE); reward 1 for the right answer, the same expressions held out.

@@ -233,3 +233,5 @@ class Prompt:
     text: str  # the user's turn
     answer: str  # the gold answer, in the form that the source's reward reads
     source: str
+    response: str | None = None  # what the data set itself answers, where it was asked for
+    reasoning: str | None = None  # ... and thinks before

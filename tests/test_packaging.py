@@ -25,6 +25,8 @@ ARGUMENTS = {
     "study_pruning": ("", "smoke"),
     "study_valley": ("", "smoke"),
     "traces": ("", "smoke"),
+    "distill": ("", "smoke", "rewarded", "minillm", "opd", "logit-smoke", "topk", "sequence"),
+    "lfm": ("", "smoke"),
     "rl": ("", "smoke", "countdown", "gsm8k", "hf"),
     "eval": ("", "smoke", "arithmetic"),
     "generate": ("", "smoke"),

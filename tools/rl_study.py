@@ -149,11 +149,12 @@ def _compare(start_Q: np.ndarray, runs: list[dict]) -> dict:
 
 
 def _samples(records: list[dict]) -> np.ndarray:
-    return np.cumsum([r["rollout/generated_groups"] for r in records])
+    return np.cumsum([r.get("rollout/generated_groups", 0) for r in records])
 
 
 def _curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(step, groups drawn so far, mean reward of all that was drawn, smoothed over 5 steps)."""
+    records = [r for r in records if "reward" in r]  # a step on the data's own answers has none
     rewards = np.array([r["reward"] for r in records])
     kernel = np.ones(min(5, len(rewards)))
     smooth = np.convolve(rewards, kernel, "same") / np.convolve(

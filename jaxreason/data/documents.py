@@ -192,7 +192,7 @@ class RecordEncoder:
     source: Source
     tokenizer: Tokenizer
     template: chat.ChatTemplate
-    store: logits.Store | None = None
+    store: logits.Store | None = None  # of a teacher's top k
 
     def __call__(self, index: int) -> Example | None:
         """The record as a document, or as a pair; a text begins and ends as the tokenizer's
@@ -314,10 +314,23 @@ def open_encoders(config: DataConfig, tokenizer: Tokenizer, data_dir) -> dict[st
                 _teacher_folder(config.teacher, data_dir) / name,
                 vocabulary=tokenizer.fingerprint(),
                 num_documents=len(source),
+                num_tokens=tokenizer.vocab_size,
                 key="data.teacher",
             )
         encoders[name] = RecordEncoder(config, source_config, source, tokenizer, template, store)
     return encoders
+
+
+def check_temperature(config: DataConfig, data_dir, temperature: float) -> None:
+    """Raises ValueError where a store of the teacher's has log-probs at another temperature."""
+    for name in config.sources:
+        found = logits.read_header(_teacher_folder(config.teacher, data_dir) / name).temperature
+        if found != temperature:
+            raise ValueError(
+                f"train.distill.temperature is {temperature} and data.teacher = "
+                f"{config.teacher!r} holds log-probs of {name} at {found}, from which those at "
+                f"another cannot be made; set it to {found}, or write the store anew"
+            )
 
 
 def extras_of(config: DataConfig, encoders: Mapping[str, RecordEncoder]) -> Extras:

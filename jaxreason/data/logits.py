@@ -20,7 +20,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -28,7 +28,8 @@ import numpy as np
 
 from jaxreason.data.files import write_whole
 
-Score = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # ids_T -> ids_TK, logprobs_TK
+# ids_T of some documents -> ids_TK, logprobs_TK of each
+Score = Callable[[Sequence[np.ndarray]], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 _BLOCK = 1 << 16  # ArrayRecord files are whole blocks, each with 24 bytes of its own
 _RECORD = 64  # bytes around a record, as measured with array_record 0.8.6
@@ -108,7 +109,8 @@ def write(
 
     Args:
       documents: ids of each, in the order of the source; an empty one has no places.
-      score: (ids_TK, logprobs_TK) of ids_T, one row for each id but the last.
+      score: takes the ids_T of a part's documents that have places, and gives (ids_TK,
+        logprobs_TK) of each in that order, one row for each id but the last.
       header: what the store shall be; its counts of documents and tokens are filled in.
       say: takes the estimate of the size, in one line, before anything is written.
       progress: takes how many of this process's documents are done, and their number.
@@ -183,15 +185,15 @@ def _write_part(
     for left in directory.glob(f".part-{part:05d}.*"):  # by a process that was killed
         left.unlink()
     unfinished = final.with_name(f".{final.name}")
-    num_places, prints = [], []
+    own = {index: documents[index] for index in header.documents_of(part)}
+    num_places = [max(len(ids_T) - 1, 0) for ids_T in own.values()]
+    prints = [fingerprint(ids_T) for ids_T in own.values()]
 
     def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for index in header.documents_of(part):
-            ids_T = documents[index]
-            num_places.append(max(len(ids_T) - 1, 0))
-            prints.append(fingerprint(ids_T))
-            if num_places[-1]:
-                yield _scored(score, ids_T, index, header)
+        asked = {index: ids_T for index, ids_T in own.items() if len(ids_T) > 1}
+        found = score(list(asked.values())) if asked else ()
+        for (index, ids_T), scores in zip(asked.items(), found, strict=True):
+            yield _checked(scores, ids_T, index, header)
 
     writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
     for record in _records(rows(), header):
@@ -203,10 +205,10 @@ def _write_part(
     unfinished.rename(final)  # last: a part is there when this file is
 
 
-def _scored(
-    score: Score, ids_T: np.ndarray, index: int, header: Header
+def _checked(
+    scores: tuple[np.ndarray, np.ndarray], ids_T: np.ndarray, index: int, header: Header
 ) -> tuple[np.ndarray, np.ndarray]:
-    ids_TK, logprobs_TK = map(np.asarray, score(ids_T))
+    ids_TK, logprobs_TK = map(np.asarray, scores)
     shape = (len(ids_T) - 1, header.k)
     if ids_TK.shape != shape or logprobs_TK.shape != shape:
         raise ValueError(
@@ -240,12 +242,21 @@ def _records(rows: Iterator[tuple[np.ndarray, np.ndarray]], header: Header) -> I
 # ----------------------------------------------------------------------------------- reading
 
 
+def read_header(directory: str | pathlib.Path, key: str = "data.teacher") -> Header:
+    """Raises ValueError, naming `key`, where there is no store."""
+    path = pathlib.Path(directory) / "header.json"
+    if not path.is_file():
+        raise ValueError(f"{key}: no store in {directory}; it must be written before")
+    return Header(**json.loads(path.read_text()))
+
+
 class Store:
     """A finished store: any document's rows by its number.
 
     Args:
       vocabulary: fingerprint of the student's tokenizer.
       num_documents: records of the source that is trained on.
+      num_tokens: of the vocabulary; None: ids are taken as they are.
       key: the config's key of the folder, for messages.
 
     Raises:
@@ -258,13 +269,12 @@ class Store:
         *,
         vocabulary: str,
         num_documents: int,
+        num_tokens: int | None = None,
         key: str = "data.teacher",
     ):
         self._directory, self._key = pathlib.Path(directory), key
-        path = self._directory / "header.json"
-        if not path.is_file():
-            raise ValueError(f"{key}: no store in {self._directory}; it must be written before")
-        self.header = Header(**json.loads(path.read_text()))
+        self._num_tokens = num_tokens
+        self.header = read_header(self._directory, key)
         if self.header.vocabulary != vocabulary:
             raise ValueError(
                 f"{key}: the store in {self._directory} is of another vocabulary (fingerprint "
@@ -305,7 +315,10 @@ class Store:
             )
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids_TK int32, logprobs_TK bfloat16) of a document."""
+        """(ids_TK int32, logprobs_TK bfloat16) of a document.
+
+        Raises ValueError where an id is none of the vocabulary.
+        """
         part, number = divmod(range(len(self))[index], self.header.part_documents)
         first, places = int(self._first[part][number]), int(self._places[part][number])
         chunk, k = self.header.chunk, self.header.k
@@ -317,10 +330,14 @@ class Store:
         ids = b"".join(record[:split] for record in records)
         logprobs = b"".join(record[split:] for record in records)
         own = slice(first - begin * chunk, first - begin * chunk + places)
-        return (
-            np.frombuffer(ids, np.int32).reshape(-1, k)[own],
-            np.frombuffer(logprobs, ml_dtypes.bfloat16).reshape(-1, k)[own],
-        )
+        ids_TK = np.frombuffer(ids, np.int32).reshape(-1, k)[own]
+        wrong = ids_TK.min() < 0 or (self._num_tokens and ids_TK.max() >= self._num_tokens)
+        if wrong:
+            raise ValueError(
+                f"{self._key}: document {index} of the store in {self._directory} has ids from "
+                f"{ids_TK.min()} to {ids_TK.max()}; the vocabulary has {self._num_tokens} tokens"
+            )
+        return ids_TK, np.frombuffer(logprobs, ml_dtypes.bfloat16).reshape(-1, k)[own]
 
     def _reader(self, part: int):
         from array_record.python import array_record_module

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxreason.data import countdown
 from jaxreason.data import sources as sources_lib
+from jaxreason.data.files import Found, JsonlSource
 from jaxreason.data.sources import Source, SourceConfig
 from jaxreason.types import Prompt
 
@@ -39,6 +40,10 @@ class PromptSource:
     kind "arithmetic": a prepared benchmark; the answer is the expression's value.
     kind "countdown": generated or from files; the answer is JSON with `target` and `numbers`.
 
+    Where answers of the data set itself are learnt from too (`rollout.lmbda` below 1), they are
+    `response_field` after `reasoning_field` or `reasoning`, of arithmetic and countdown a
+    `rendering`, all as in SourceConfig; a record that lacks its own is then quarantined.
+
     Raises:
       ValueError: a field is missing, unknown or of no use to the kind.
     """
@@ -50,6 +55,10 @@ class PromptSource:
     prompt_template: str = ""
     answer_field: str = ""  # jsonl only
     answer_kind: str = "text"  # jsonl only: text or hashes
+    response_field: str = ""
+    reasoning_field: str = ""
+    reasoning: str = ""
+    rendering: str = ""
     split: str = ""  # arithmetic and countdown: train or test
     countdown: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as in SourceConfig
 
@@ -65,6 +74,27 @@ class PromptSource:
                 "set for jsonl and for nothing else"
             )
         object.__setattr__(self, "countdown", self.to_source().countdown)
+        if not self.response_field and (self.reasoning_field or self.reasoning):
+            name = "reasoning_field" if self.reasoning_field else "reasoning"
+            raise ValueError(
+                f"{key}.{name} is {getattr(self, name)!r}; it is read beside response_field"
+            )
+        if self.rendering == "text":
+            raise ValueError(f"{key}.rendering is 'text', which answers no prompt")
+        self.to_target()  # its mistakes name the keys
+
+    @property
+    def has_target(self) -> bool:
+        """Whether records bring an answer to learn from."""
+        return bool(self.response_field or self.rendering)
+
+    def to_target(self) -> SourceConfig | None:
+        """The records as examples of the data set's own answers; None where it has none."""
+        if not self.has_target:
+            return None
+        names = ("response_field", "reasoning_field", "reasoning", "rendering")
+        own = {name: getattr(self, name) for name in names}
+        return dataclasses.replace(self.to_source(), **own)
 
     def to_source(self) -> SourceConfig:
         """The same records as examples: how they are opened, and how their prompts are written."""
@@ -154,19 +184,23 @@ class Prompts(Sequence[Prompt]):
 
     def __init__(self, config: PromptSource, source: Source):
         self.config = config
-        self._source_config = config.to_source()
+        self._source_config, self._target_config = config.to_source(), config.to_target()
         self._source = source
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Prompt:
-        record = self._source[index]
+        record, target = self._source[index], None
+        if self._target_config is not None:
+            target = sources_lib.to_example(self._target_config, record).messages[-1]
         return Prompt(
             id=f"{self.config.name}/{index}",
             text=sources_lib.to_prompt(self._source_config, record),
             answer=self.config.to_answer(record),
             source=self.config.name,
+            response=target and target.content,
+            reasoning=target and target.reasoning,
         )
 
     def check(self, check: Check) -> None:
@@ -190,7 +224,34 @@ def open_prompts(config: PromptSource, data_dir) -> Prompts:
     Raises:
       ValueError: files are missing, are not what they should be, or hold no valid record.
     """
-    return Prompts(config, sources_lib.open_source(config.to_source(), data_dir))
+    source, target = config.to_source(), config.to_target()
+    if target is None or config.kind != "jsonl":  # what is generated has everything
+        return Prompts(config, sources_lib.open_source(source, data_dir))
+    rule, key = _WithTarget(source, target), f"{source.key}.path"
+    return Prompts(config, JsonlSource(source.path, fields=rule, data_dir=data_dir, key=key))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithTarget:
+    """The rule of files.JsonlSource: a record has its gold answer and the answer to learn from."""
+
+    answer: SourceConfig
+    target: SourceConfig
+
+    def identity(self) -> Any:
+        return {"answer": self.answer.identity(), "target": self.target.identity()}
+
+    def columns(self) -> tuple[list[str], list[str]]:
+        needed, optional = self.answer.columns()
+        also, perhaps = self.target.columns()
+        return list(dict.fromkeys(needed + also)), list(dict.fromkeys(optional + perhaps))
+
+    def examine(self, record: dict[str, Any]) -> Found:
+        found = self.answer.examine(record)
+        return self.target.examine(record) if found.parts else found
+
+    def take(self, record: dict[str, Any], part: int) -> dict[str, Any]:
+        return self.target.take(record, part)
 
 
 # -------------------------------------------------------------------------------- the stream

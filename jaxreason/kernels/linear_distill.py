@@ -128,6 +128,45 @@ def linear_topk_distill(
     return _distill(head, mix, h_TD, w_VD, _Stored(*others[:2]), *others[2:])
 
 
+def linear_top_k(
+    h_TD: jax.Array,
+    w_VD: jax.Array,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(ids_TK int32, logprobs_TK float32) of each row's k likeliest tokens, the likeliest first.
+
+    The log-probs are over the whole vocabulary, of logits / temperature. Not differentiable.
+    Raises ValueError where there are not k tokens.
+    """
+    head = _Head(temperature, valid_vocab, axis_name)
+    shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    V = w_VD.shape[0]
+    tokens = valid_vocab or V * shards
+    if not 1 <= k <= tokens:
+        raise ValueError(f"k is {k}; it must be in [1, {tokens}], the number of tokens")
+    h_TD, w_VD = linear._align(head, h_TD, w_VD)
+
+    def everywhere(x_CK):  # those of all shards side by side, and the same in each
+        if axis_name is None:
+            return x_CK
+        shape = (x_CK.shape[0], shards, x_CK.shape[1])
+        mine = jnp.zeros(shape, x_CK.dtype).at[:, jax.lax.axis_index(axis_name)].set(x_CK)
+        return jax.lax.psum(mine, axis_name).reshape(x_CK.shape[0], -1)
+
+    def chunk(h_CD):
+        logp_CV = linear._log_softmax(head, linear._logits(head, h_CD, w_VD))
+        logp_CK, at_CK = jax.lax.top_k(logp_CV, min(k, V))
+        logp_CK, ids_CK = everywhere(logp_CK), everywhere(at_CK + head.ids(V)[0, 0])
+        logp_CK, at_CK = jax.lax.top_k(logp_CK, k)
+        return None, (jnp.take_along_axis(ids_CK, at_CK, 1), logp_CK)
+
+    return linear._over_rows(chunk, (h_TD,), w_VD, grad=False)[1]
+
+
 # --- one pass -------------------------------------------------------------------------------------
 
 

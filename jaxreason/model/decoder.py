@@ -349,6 +349,11 @@ class LanguageModel:
         rows = map(self.rows.arranged, (ids_BTK, logprobs_BTK, targets_BT, weights_BT))
         return self.head.topk_kl(h_BTD, self.head_weight(params), *rows, mix)
 
+    def top_k(self, params, h_BTD, length: int, k: int, **options):
+        """(ids_BTK, logprobs_BTK) of rows of `length`; see kernels.linear_distill.linear_top_k."""
+        found = self.head.top_k(h_BTD, self.head_weight(params), k, **options)
+        return tuple(self.rows.restored(x_BTK, length) for x_BTK in found)
+
     def values(self, params: Params, h_BTD: jax.Array, length: int) -> jax.Array:
         """values_BT of the value head, float32.
 

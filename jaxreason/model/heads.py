@@ -164,6 +164,18 @@ class Head:
         run = self._on_mesh(local, in_specs, PartitionSpec())
         return run(h_BTD, w_VD, ids_BTK, logprobs_BTK, targets_BT, weights_BT)
 
+    def top_k(self, h_BTD, w_VD, k: int, *, temperature=1.0):
+        """(ids_BTK, logprobs_BTK) of the k likeliest tokens at this temperature."""
+
+        def local(h_BTD, w_VD):
+            found = linear_distill.linear_top_k(
+                _flat(h_BTD), self._whole(w_VD, h_BTD), k, temperature=temperature,
+                valid_vocab=self.valid_vocab, axis_name=self._vocab_axis,
+            )  # fmt: skip
+            return tuple(x_TK.reshape(*h_BTD.shape[:2], k) for x_TK in found)
+
+        return self._on_mesh(local, (_ROWS, self._table), (_ROWS, _ROWS))(h_BTD, w_VD)
+
     def _distilled(self, run, h_BTD, w_VD, teacher, targets_BT, weights_BT, mix: Mix):
         """A kernel's sums over this device's rows, added up over the mesh."""
         rows = targets_BT.reshape(-1), weights_BT.reshape(-1)

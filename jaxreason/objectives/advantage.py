@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 GROUPED = ("grpo", "dr_grpo", "rloo", "batch", "reinforce_pp_baseline")
-ESTIMATORS = (*GROUPED, "reinforce_pp", "gae", "external")
+ESTIMATORS = (*GROUPED, "reinforce_pp", "gae", "external", "none")
 _MIN_VARIANCE = 1e-8  # of whitened advantages, as OpenRLHF's
 
 
@@ -27,6 +27,7 @@ class Advantage:
       reinforce_pp           discounted rewards to come, whitened    arXiv 2501.03262
       gae                    with the value head, whitened           arXiv 1506.02438
       external               none of the rewards': a teacher's alone, see TeacherAdvantage
+      none                   0: there is no policy gradient (objectives/on_policy.py, GKD)
     """
 
     estimator: str = "grpo"
@@ -45,9 +46,9 @@ class Advantage:
         )
         require(self.kl_in_reward >= 0, "kl_in_reward", "it must be 0 or more")
         require(
-            self.kl_in_reward == 0 or self.estimator != "external",
+            self.kl_in_reward == 0 or self.estimator not in ("external", "none"),
             "kl_in_reward",
-            "train.advantage.estimator = external reads no rewards",
+            f"train.advantage.estimator = {self.estimator} reads no rewards",
         )
         require(0 < self.gamma <= 1, "gamma", "it must be in (0, 1]")
         require(0 <= self.lam <= 1, "lam", "it must be in [0, 1]")
@@ -62,19 +63,24 @@ class TeacherAdvantage:
       r_t alone, at gamma 0: on-policy distillation (Thinking Machines Lab, 2025), every token
         for itself;
       r_t + gamma r_{t+1} + ..., discounted rewards to come: MiniLLM (arXiv 2306.08543), which
-        divides by the number of tokens left (`length_norm`) and whitens.
+        divides by the number of tokens left (`length_norm`) and whitens. With `future` r_t itself
+        and its token are left out, as in the paper, whose loss has the exact KL of that step in
+        their place (its code and TRL's count r_t both times).
     """
 
     coef: float = 1.0
     gamma: float = 0.0
     length_norm: bool = False
     whiten: bool = False
+    future: bool = False
 
     def __post_init__(self):
         if self.coef < 0:
             raise ValueError(f"train.teacher.coef is {self.coef}; it must be 0 or more")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"train.teacher.gamma is {self.gamma}; it must be in [0, 1]")
+        if self.future and not self.gamma:
+            raise ValueError("train.teacher.future is True; it needs train.teacher.gamma above 0")
 
     def advantages(
         self, teacher_logprobs_BT: np.ndarray, sampled_logprobs_BT: np.ndarray, mask_BT: np.ndarray
@@ -85,8 +91,10 @@ class TeacherAdvantage:
         out_BT = np.where(learnt_BT, gap_BT, 0.0)
         if self.gamma:
             out_BT = _gae(out_BT, np.zeros(out_BT.shape), mask_BT, self.gamma, 1.0)
+        left_BT = learnt_BT[:, ::-1].cumsum(1)[:, ::-1]
+        if self.future:
+            out_BT, left_BT = out_BT - np.where(learnt_BT, gap_BT, 0.0), left_BT - 1
         if self.length_norm:
-            left_BT = learnt_BT[:, ::-1].cumsum(1)[:, ::-1]
             out_BT = out_BT / np.maximum(left_BT, 1)
         if self.whiten:
             out_BT = whiten(out_BT, mask_BT)
@@ -122,6 +130,8 @@ def advantages(
     completion without a learnt token still counts in its group's mean and deviation.
     Raises ValueError where an estimator that compares the completions of a prompt has but one.
     """
+    if config.estimator == "none":
+        return Estimate(np.zeros(tokens.mask_BT.shape, np.float32))
     if config.estimator == "external":
         return Estimate((tokens.external_BT * tokens.mask_BT).astype(np.float32))
     estimate = _of_rewards(config, rewards_QR, tokens)

@@ -11,8 +11,9 @@ loss of a target is kd_coef * divergence + nll_coef * -log Q_1(target), Q_1 at t
   skew_kl          KL(P || alpha * P + (1 - alpha) * Q): bounded (DistiLLM, arXiv 2402.03898)
   skew_reverse_kl  KL(Q || alpha * Q + (1 - alpha) * P)
 
-The batch may hold the student's own samples (GKD's on-policy part): no gradient flows through what
-was sampled. Means are over the weights of all targets, so padding has no part in them.
+On the student's own samples (GKD, MiniLLM) it is a term of objectives/on_policy.py: no gradient
+flows through what was sampled. Means are over the weights of all targets, so padding has no part in
+them.
 """
 
 import dataclasses

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreason.objectives.advantage import Advantage, TeacherAdvantage
+from jaxreason.objectives.distill import DistillConfig
 from jaxreason.types import Loss, Params, PolicyBatch
 
 RATIOS = ("token", "sequence")
@@ -116,8 +117,12 @@ class PolicyGradient:
         return {**totals, "balance": (batch.segments_BT != 0).sum()}
 
     def loss(self, model, params: Params, frozen: dict[str, Params], batch: PolicyBatch) -> Loss:
+        return self.loss_of(model, params, *_hidden(model, params, batch), batch)
+
+    def loss_of(self, model, params: Params, h_BTD, balance, batch: PolicyBatch) -> Loss:
+        """`loss` from what the model's hidden_and_balance gives: for those who share the pass."""
         mask_BT, A_BT = batch.weights_BT, batch.advantages_BT
-        logp_BT, entropy_BT, values_BT, balance = self._forward(model, params, batch)
+        logp_BT, entropy_BT, values_BT = self._heads(model, params, h_BTD, batch)
         r_BT = self._ratios(logp_BT, batch)
         policy_BT = self._correction(batch) * self._surrogate(r_BT, logp_BT, A_BT)
         losses_BT = policy_BT
@@ -146,20 +151,16 @@ class PolicyGradient:
         The old and the reference log-probs are made by it too, so that no temperature can differ.
         There are values where the parameters have a value head.
         """
-        return self._forward(model, params, batch)[:3]
+        return self._heads(model, params, _hidden(model, params, batch)[0], batch)
 
-    def _forward(self, model, params: Params, batch: PolicyBatch):
-        """What `score` gives, and the load-balancing loss of a mixture of experts, else None."""
-        h_BTD, balance = model.hidden_and_balance(
-            params, batch.tokens_BT, batch.segments_BT, batch.positions_BT
-        )
+    def _heads(self, model, params: Params, h_BTD, batch: PolicyBatch):
         logp_BT, entropy_BT, _ = model.logprobs(
             params, h_BTD, batch.targets_BT, temperature=self.temperature
         )
         values_BT = None
         if "value_head" in params:
             values_BT = model.values(params, h_BTD, batch.tokens_BT.shape[1])
-        return logp_BT, entropy_BT, values_BT, balance
+        return logp_BT, entropy_BT, values_BT
 
     # -- the switches ------------------------------------------------------------------------------
 
@@ -255,6 +256,12 @@ def next_entropy_coef(
     return coef, coef if entropy <= target else 0.0
 
 
+def _hidden(model, params: Params, batch: PolicyBatch):
+    """(h_BTD, the load-balancing loss of a mixture of experts or None)."""
+    rows = batch.tokens_BT, batch.segments_BT, batch.positions_BT
+    return model.hidden_and_balance(params, *rows)
+
+
 # --- sums over the sequences of packed rows -------------------------------------------------------
 
 
@@ -308,14 +315,17 @@ class Algorithm:
     """A loss and the advantages that it is meant for.
 
     Raises ValueError where GAE and the value head do not come together, and where nothing makes
-    advantages.
+    advantages or what is learnt without them does not go together.
     """
 
     policy: PolicyGradient
     advantage: Advantage
     teacher: TeacherAdvantage | None = None
+    distill: DistillConfig | None = None  # a divergence from a teacher, see objectives/on_policy.py
+    lmbda: float = 1.0  # share of the steps on samples; the rest are on the data set's own answers
 
     def __post_init__(self):
+        self._check_distilled()
         if self.advantage.estimator == "external" and self.teacher is None:
             raise ValueError(
                 "train.advantage.estimator is external, which leaves the advantages to a teacher; "
@@ -327,6 +337,41 @@ class Algorithm:
                 f"train.policy.value_coef is {self.policy.value_coef} and train.advantage."
                 f"estimator is {estimator}; a value head and gae need each other"
             )
+
+    def _check_distilled(self):
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"rollout.lmbda is {self.lmbda}; it must be in [0, 1]")
+        if not self.has_policy and self.distill is None:
+            raise ValueError(
+                "train.advantage.estimator is none, which leaves nothing but a teacher's "
+                "divergence to learn; set train.distill.kd_coef or another estimator"
+            )
+        if not self.has_policy and self.teacher is not None:
+            raise ValueError(
+                "train.advantage.estimator is none, and train.teacher has switches of advantages "
+                "set; leave them out, or set it to external"
+            )
+        if self.lmbda < 1 and self.distill is None:
+            raise ValueError(
+                f"rollout.lmbda is {self.lmbda}; only a teacher's divergence (train.algorithm = "
+                "gkd, or train.distill) is learnt from answers that were not sampled"
+            )
+        unread = {"kl": self.policy.kl != "none", "value_coef": self.policy.value_coef > 0}
+        for key, on in unread.items():
+            if on and not (self.has_policy and self.lmbda == 1):
+                raise ValueError(
+                    f"train.policy.{key} is {getattr(self.policy, key)!r}; it needs samples and "
+                    "advantages: rollout.lmbda = 1 and an estimator other than none"
+                )
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether there is a policy gradient."""
+        return self.advantage.estimator != "none"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.teacher is not None or self.distill is not None
 
     @property
     def needs_values(self) -> bool:
@@ -369,4 +414,17 @@ PRESETS: dict[str, Algorithm] = {
     # Thinking Machines Lab, "On-Policy Distillation", 2025: importance sampling without a clip,
     # every token for itself, no reward of the task.
     "opd": Algorithm(PolicyGradient(clip="none"), Advantage("external"), TeacherAdvantage()),
+    # arXiv 2306.13649 as TRL sets it: the JSD at beta 0.5, half of the steps on samples.
+    "gkd": Algorithm(
+        PolicyGradient(), Advantage("none"), distill=DistillConfig(divergence="jsd"), lmbda=0.5
+    ),
+    # arXiv 2306.08543: the reverse KL of whole sequences, of each step exactly and of what follows
+    # it by the policy gradient. Numbers of LMOps' scripts; not there: samples that the teacher
+    # mixes into, and the loss on plain text.
+    "minillm": Algorithm(
+        PolicyGradient(),
+        Advantage("external"),
+        TeacherAdvantage(gamma=0.95, length_norm=True, whiten=True, future=True),
+        DistillConfig(divergence="reverse_kl"),
+    ),
 }

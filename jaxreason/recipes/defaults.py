@@ -14,7 +14,7 @@ from jaxreason.model.config import DecoderConfig
 from jaxreason.model.lora import LoraConfig
 from jaxreason.model.rope import RopeScaling
 from jaxreason.objectives.advantage import Advantage, TeacherAdvantage
-from jaxreason.objectives.distill import TopKDistillation
+from jaxreason.objectives.distill import DistillConfig, TopKDistillation
 from jaxreason.objectives.policy import PolicyGradient
 from jaxreason.objectives.preference import Preference
 from jaxreason.parallel.mesh import AXES
@@ -173,6 +173,9 @@ def rl_config() -> dict:
             "temperature": 1.0,
             "filter_zero_std": True,
             "max_gen_batches": 10,
+            # Share of the steps on samples, the rest on the sources' own answers (response_field,
+            # rendering); unset: the algorithm's, 0.5 of gkd and else 1
+            "lmbda": config_dict.placeholder(float),
             "solved_by": "accuracy",  # the reward whose mean is a prompt's solve rate
             "asynchronous": False,  # step n + 1 is sampled while step n is learnt from
             "max_mult_prob_error": 1.05,
@@ -188,8 +191,12 @@ def rl_config() -> dict:
             "policy": switches(PolicyGradient, "temperature", "max_length"),
             "advantage": switches(Advantage),
             # A checkpoint, as init.from, with this run's tokens; what it says of each sampled
-            # token is added to the advantages (algorithm opd: is all that is learnt).
+            # token is added to the advantages (algorithm opd: is all that is learnt). Beside a
+            # divergence from it (`distill`) only where the algorithm or a switch here asks for it.
             "teacher": {"from": "", **switches(TeacherAdvantage)},
+            # A term of the loss over the whole vocabulary, where the algorithm (gkd, minillm) or a
+            # switch here asks for it; temperature unset: the rollout's.
+            "distill": switches(DistillConfig, "nll_coef"),
             "entropy_coef": 0.0,
             "entropy_target": config_dict.placeholder(float),  # nats a token: adaptive entropy
             "updates": 4,  # a rollout is split into so many
@@ -313,6 +320,24 @@ def cell(config: ConfigDict, **facts) -> dict:
     Where it says `from`, it may name a stage of another cell, as "CELL@STAGE".
     """
     return {"facts": facts, "config": config}
+
+
+def topk_config(**changes) -> dict:
+    """One entry of `stages`: a teacher's k likeliest tokens at every place of the sources.
+
+    A later stage of train.objective = distill_topk reads data/STAGE by `data.teacher="@STAGE"`. Its
+    `data` must make the same documents: the same sources, length, max_tokens and truncation.
+    """
+    return {
+        "kind": "topk",
+        "init": {"from": ""},  # the teacher, with this run's tokens
+        "data": stage_config()["data"],  # as the stage that reads it has, but for `teacher`
+        "k": 64,
+        "temperature": 1.0,  # of the log-probs; train.distill.temperature must be the same
+        "part_documents": 128,  # a file has so many, and a kill loses one file at most
+        "rows": 8,  # rows of data.length that the teacher reads at a time
+        **changes,
+    }
 
 
 def generate_config() -> dict:
@@ -454,6 +479,9 @@ def _stage_keys(stage: dict) -> dict:
         known["data"]["sources"] = lambda _: _fields(PromptSource)
     elif stage["kind"] == "prune":
         known = prune_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(SourceConfig)
+    elif stage["kind"] == "topk":
+        known = topk_config()
         known["data"]["sources"] = lambda _: _fields(SourceConfig)
     else:  # refused by name where stages are planned
         known = stage

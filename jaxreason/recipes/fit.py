@@ -7,9 +7,11 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxreason.checkpoint.store import Store
+from jaxreason.data import documents
 from jaxreason.data import pipeline as pipeline_lib
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import LoraConfig
+from jaxreason.objectives.distill import check_teacher
 from jaxreason.parallel import chips, cost, hosts
 from jaxreason.recipes import assemble, checkpoints, lora, objectives, teacher, weights
 from jaxreason.recipes.run import Run
@@ -74,8 +76,12 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
 
 def check_data(config: ConfigDict, stage: Stage, tokenizer: Tokenizer, workdir: Workdir) -> None:
     """Opens the data, of all processes. Raises ValueError for whatever is wrong with it."""
-    if stage.objective.reads == "teacher":
-        teacher.check_tokens(stage.objective.start, tokenizer)
+    other = stage.objective.start
+    if other is not None and other != stage.start:  # its own start is checked with the tokenizer
+        teacher.check_tokens(other, tokenizer)
+    if stage.data.teacher:
+        temperature = stage.objective.fields["temperature"]
+        documents.check_temperature(stage.data, workdir.data, temperature)
     pipeline_lib.build(stage.data, tokenizer, workdir.data).close()
 
 
@@ -97,6 +103,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     read = {}  # name: the model that the objective compares with
     if name := stage.objective.reads:
         read[name] = teacher.build(stage.objective.start, run.model, run.tokenizer)
+        check_teacher(run.model, read[name].model)
     train_step = make_train_step(
         model,
         stage.objective.build(read["teacher"].model if "teacher" in read else None),

@@ -19,7 +19,18 @@ from jaxreason.model import attention
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, evaluation, fit, lora, prune, rl, scaling, traces, weights
+from jaxreason.recipes import (
+    assemble,
+    evaluation,
+    fit,
+    lora,
+    prune,
+    rl,
+    scaling,
+    topk,
+    traces,
+    weights,
+)
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
@@ -32,9 +43,18 @@ from jaxreason.types import Params
 
 # Kinds of a stage: modules of plan, check_data and run_stage.
 _TRAINING = {"fit": fit, "rl": rl}
-_MAKING = {"traces": traces, "prune": prune}  # data/STAGE.jsonl, read later as "@STAGE"
+_WRITING = {"traces": traces, "prune": prune}  # data/STAGE.jsonl, read later as "@STAGE"
+_SCORING = {"topk": topk}  # data/STAGE, read later by data.teacher = "@STAGE"
+_MAKING = {**_WRITING, **_SCORING}
 _RUNNING = {**_TRAINING, **_MAKING}  # mixed, each after those whose work it wants
-Stage = fit.Stage | rl.RLStage | traces.TracesStage | prune.PruneStage | scaling.ScalingStage
+Stage = (
+    fit.Stage
+    | rl.RLStage
+    | traces.TracesStage
+    | prune.PruneStage
+    | topk.TopKStage
+    | scaling.ScalingStage
+)
 
 
 def stages_of(config: ConfigDict) -> list[Stage]:
@@ -302,14 +322,19 @@ def _lacking(stage: Stage, done: list[Stage]) -> tuple[str, str, list[str]] | No
         for key, start in starts.items()
         if start.kind == "run" and start.directory is None
     ]
-    wanted += [(key, f"@{name}", name, named(_MAKING)) for key, name in _data_of(stage)]
+    wanted += [
+        (key, f"@{name}", name, named(_SCORING if key == "data.teacher" else _WRITING))
+        for key, name in _data_of(stage)
+    ]
     return next(((k, text, names) for k, text, name, names in wanted if name not in names), None)
 
 
 def _data_of(stage: Stage) -> list[tuple[str, str]]:
-    """(key, STAGE) of every path "@STAGE" or "@STAGE.PART" among the stage's sources."""
-    sources = stage.section.get("data", {}).get("sources", {})
-    found = []
+    """(key, STAGE) of every path "@STAGE" or "@STAGE.PART" among the stage's sources, and of a
+    store of logits "@STAGE"."""
+    data = stage.section.get("data", {})
+    sources, store = data.get("sources", {}), data.get("teacher", "")
+    found = [("data.teacher", store[1:])] if store.startswith("@") else []
     for name, source in sources.items():
         paths = [source.path] if isinstance(source.path, str) else source.path
         made = [path[1:].partition(".")[0] for path in paths if path.startswith("@")]

@@ -13,6 +13,8 @@ from jaxreason.data import prompts as prompts_lib
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.model.lora import LoraConfig
 from jaxreason.objectives.advantage import GROUPED, TeacherAdvantage
+from jaxreason.objectives.distill import DistillConfig, check_teacher
+from jaxreason.objectives.on_policy import objective_of
 from jaxreason.objectives.policy import CORRECTIONS, KLS, PRESETS, Algorithm, PolicyGradient
 from jaxreason.parallel import hosts, rules
 from jaxreason.parallel.mesh import AXES, make_mesh
@@ -22,6 +24,7 @@ from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import read_metrics
 from jaxreason.rewards import mix
 from jaxreason.rollout.sync import place
+from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.train import optim
 from jaxreason.train.collect import CollectConfig, Collector
@@ -79,7 +82,6 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
     prompts = prompts_lib.PromptConfig(
         **{**fields, "band": fields["band"] or None, "seed": config.seed}
     )
-    collect = assemble.from_section(CollectConfig, rollout)
     sampling = Sampling(
         max_tokens=rollout.max_tokens,
         temperature=rollout.temperature,
@@ -88,7 +90,9 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
     if sampling.temperature == 0:
         raise ValueError("rollout.temperature is 0; a policy is learnt from samples: above 0")
     algorithm = _algorithm(training, rollout)
+    collect = assemble.from_section(CollectConfig, {**rollout.to_dict(), "lmbda": algorithm.lmbda})
     _check_rollout(section, algorithm)
+    _check_answers(prompts, algorithm)
     loop = RLConfig(
         steps=training.steps,
         updates=training.updates,
@@ -105,7 +109,13 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> RLStage:
         profile=tuple(config.run.profile.steps),
     )
     _check_numbers(config, section, loop)
-    if loop.asynchronous and algorithm.policy.correction == "none":
+    if loop.has_entropy_bonus and not (algorithm.has_policy and algorithm.lmbda == 1):
+        raise ValueError(
+            f"train.entropy_coef is {loop.entropy_coef} and train.entropy_target "
+            f"{loop.entropy_target}; a bonus needs rollout.lmbda = 1 and an estimator other than "
+            "none"
+        )
+    if loop.asynchronous and algorithm.has_policy and algorithm.policy.correction == "none":
         raise ValueError(
             "rollout.asynchronous is true and train.policy.correction none: samples are one step "
             "old; set a correction, as token_truncate"
@@ -144,24 +154,44 @@ def _algorithm(training: ConfigDict, rollout: ConfigDict) -> Algorithm:
         if own.get(switch, getattr(preset.policy, switch)) not in choices
     }
     limits = {"temperature": rollout.temperature, "max_length": rollout.max_tokens}
+    distill = _distilled(preset, given(training.distill), rollout.temperature)
     return Algorithm(
         policy=dataclasses.replace(preset.policy, **dropped | own | limits),
         advantage=dataclasses.replace(preset.advantage, **given(training.advantage)),
-        teacher=_taught(training, preset, given(training.teacher)),
+        teacher=_taught(training, preset, distill, given(training.teacher)),
+        distill=distill,
+        lmbda=preset.lmbda if rollout.lmbda is None else rollout.lmbda,
     )
 
 
-def _taught(training: ConfigDict, preset: Algorithm, given: dict) -> TeacherAdvantage | None:
-    """What a teacher says of each token, where there is one. Raises ValueError."""
+def _distilled(preset: Algorithm, given: dict, temperature: float) -> DistillConfig | None:
+    """The divergence from the teacher, where the preset has one or a switch of it is set."""
+    if preset.distill is None and not given:
+        return None
+    # At the rollout's temperature, as its log-probs are, unless another is set.
+    own = {"temperature": temperature} | given
+    return dataclasses.replace(preset.distill or DistillConfig(), **own)
+
+
+def _taught(
+    training: ConfigDict, preset: Algorithm, distill: DistillConfig | None, given: dict
+) -> TeacherAdvantage | None:
+    """What a teacher says of each sampled token, as advantages. Raises ValueError.
+
+    A teacher whose divergence is learnt gives them only where they are asked for.
+    """
     name = given.pop("from")
-    if not name and preset.teacher is not None:
+    if not name and (preset.teacher or distill) is not None:
         raise ValueError(
-            f"train.teacher.from is empty, and train.algorithm = {training.algorithm} learns from "
-            "a teacher; give a checkpoint as in init.from"
+            f"train.teacher.from is empty, and train.algorithm = {training.algorithm}"
+            f"{'' if preset.teacher or preset.distill else ' with train.distill'} learns from a "
+            "teacher; give a checkpoint as in init.from"
         )
     if not name:
         for field, value in given.items():
             raise ValueError(f"train.teacher.{field} is {value}, but train.teacher.from is empty")
+        return None
+    if preset.teacher is None and distill is not None and not given:
         return None
     return dataclasses.replace(preset.teacher or TeacherAdvantage(), **given)
 
@@ -169,10 +199,10 @@ def _taught(training: ConfigDict, preset: Algorithm, given: dict) -> TeacherAdva
 def _check_rollout(section: ConfigDict, algorithm: Algorithm) -> None:
     """Whether there can be groups to learn from."""
     rollout, estimator = section.rollout, algorithm.advantage.estimator
-    if estimator == "external" and rollout.filter_zero_std:
+    if estimator in ("external", "none") and rollout.filter_zero_std:
         raise ValueError(
-            "rollout.filter_zero_std is true and train.advantage.estimator external: a teacher's "
-            "advantages need no rewards that differ; set it to false"
+            f"rollout.filter_zero_std is true and train.advantage.estimator {estimator}: what a "
+            "teacher says needs no rewards that differ; set it to false"
         )
     grouped = rollout.filter_zero_std or estimator in GROUPED
     if rollout.num_generations < (2 if grouped else 1):
@@ -187,6 +217,18 @@ def _check_rollout(section: ConfigDict, algorithm: Algorithm) -> None:
     if section.train.rows_multiple < 1:
         raise ValueError(f"train.rows_multiple is {section.train.rows_multiple}; at least 1")
     _sampler_mesh(section)
+
+
+def _check_answers(prompts: prompts_lib.PromptConfig, algorithm: Algorithm) -> None:
+    """Whether there is what the steps learn from that do not sample."""
+    for source in prompts.sources.values():
+        if algorithm.lmbda < 1 and not source.has_target:
+            key = "response_field" if source.kind == "jsonl" else "rendering"
+            raise ValueError(
+                f"rollout.lmbda is {algorithm.lmbda} and data.sources.{source.name}.{key} is "
+                "empty; the steps that do not sample learn from the answers there: set it, or "
+                "rollout.lmbda to 1"
+            )
 
 
 def _check_numbers(config: ConfigDict, section: ConfigDict, loop: RLConfig) -> None:
@@ -219,9 +261,17 @@ def check_data(config: ConfigDict, stage: RLStage, tokenizer: Tokenizer, workdir
         teacher.check_tokens(stage.teacher, tokenizer)
     encode = evaluation.prompt_encoder(config, tokenizer)
     room, frame = stage.length - stage.sampling.max_tokens, len(encode(""))
+    encode_answer = _answer_encoder(config, tokenizer)
 
     def check(prompts: Sequence[Prompt]) -> None:
         reward.check(prompts)
+        for prompt in prompts if stage.algorithm.lmbda < 1 else ():
+            ids = [token for part in encode_answer(prompt) for token in part]
+            if len(ids) > stage.length:
+                raise ValueError(
+                    f"{prompt.id} has {len(ids)} tokens with its own answer; train.length is "
+                    f"{stage.length}"
+                )
         for prompt in prompts:
             if len(prompt.text.encode()) + frame <= room:
                 continue  # a token is a byte at least: it need not be encoded
@@ -234,6 +284,22 @@ def check_data(config: ConfigDict, stage: RLStage, tokenizer: Tokenizer, workdir
 
     with assemble.rewards(config, stage.rewards) as reward:
         prompts_lib.build(stage.prompts, workdir.data, say=lambda line: None, check=check)
+
+
+def _answer_encoder(
+    config: ConfigDict, tokenizer: Tokenizer
+) -> Callable[[Prompt], tuple[list[int], list[int]]]:
+    """(ids before, ids learnt) of a prompt with its data set's answer, as fine-tuning has them."""
+    template = assemble.chat_template(config, tokenizer)
+
+    def encode(prompt: Prompt) -> tuple[list[int], list[int]]:
+        answer = chat.Message("assistant", prompt.response, reasoning=prompt.reasoning)
+        turns = [chat.Message("user", prompt.text), answer]
+        ids_T, weights_T = chat.encode_conversation(tokenizer, template, turns)
+        first, *_, last = weights_T.nonzero()[0].tolist()
+        return ids_T[:first].tolist(), ids_T[first : last + 1].tolist()
+
+    return encode
 
 
 def model_of(model: LanguageModel, stage: RLStage) -> LanguageModel:
@@ -270,9 +336,13 @@ def run_stage(run: Run, stage: RLStage) -> None:
     began = time.monotonic()
     model = model_of(run.model, stage)
     optimizer = optim.make_optimizer(stage.optimizer, model.axes)
+    taught_by = stage.teacher and teacher.build(stage.teacher, run.model, run.tokenizer)
+    taught_model = taught_by and taught_by.model
+    if taught_by is not None:
+        check_teacher(run.model, taught_model)
     train_step = make_train_step(
         model,
-        stage.algorithm.policy,
+        objective_of(stage.algorithm, taught_model),
         optimizer,
         optim.make_schedule(stage.optimizer, stage.loop.num_updates),
         clip_norm=stage.optimizer.clip_norm,
@@ -281,7 +351,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
     )
     encode = evaluation.prompt_encoder(config, run.tokenizer)
     sampler = sampler_of(run.model, stage)
-    taught_by = stage.teacher and teacher.build(stage.teacher, run.model, run.tokenizer)
+    scored_by = taught_model if stage.algorithm.teacher is not None else None
     key = assemble.stage_key(config.seed, stage.name)
 
     store = Store(workdir.checkpoints(stage.name), keep=config.run.keep)
@@ -300,6 +370,8 @@ def run_stage(run: Run, stage: RLStage) -> None:
             reward=reward,
             solved_by=stage.section.rollout.solved_by,
             key=assemble.stage_key(config.seed, f"{stage.name}.rollout"),
+            encode_answer=_answer_encoder(config, run.tokenizer),
+            seed=config.seed,
         )
         job = RL(
             stage=stage.name,
@@ -314,7 +386,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
             model=model,
             optimizer=optimizer,
             train_step=train_step,
-            score=make_score(model, stage.algorithm.policy, taught_by and taught_by.model),
+            score=make_score(model, stage.algorithm.policy, scored_by),
             collector=collector,
             store=store,
             writer=run.writer,
@@ -364,10 +436,11 @@ def _begins(
 def _outcome(records: Sequence[dict]) -> dict:
     """What summary.json says of a stage's log."""
     learnt = [record for record in records if "loss" in record]
+    rewards = [record["reward"] for record in records if "reward" in record] or [None]
     return {
         "final_loss": learnt[-1]["loss"] if learnt else None,
-        "first_reward": records[0]["reward"],
-        "final_reward": records[-1]["reward"],
+        "first_reward": rewards[0],
+        "final_reward": rewards[-1],
         "skipped": records[-1]["rollout/skipped"],
     }
 

@@ -41,8 +41,8 @@ def parse(text: str, key: str = "train.teacher.from") -> Checkpoint | None:
 
 
 def check_tokens(start: Checkpoint, tokenizer: Tokenizer, key: str = "train.teacher.from") -> None:
-    """Raises ValueError where it was trained with other tokens: the log-probs of different
-    vocabularies cannot be compared."""
+    """Raises ValueError where it was trained with other tokens, or with fewer: the log-probs of
+    different vocabularies cannot be compared."""
     other = assemble.first_difference(tokenizer, start)
     if other is not None:
         token, there, here = other
@@ -50,6 +50,15 @@ def check_tokens(start: Checkpoint, tokenizer: Tokenizer, key: str = "train.teac
             f"{key} is {start.text!r}, which was trained with other tokens than this run's (id "
             f"{token} is {there!r} there and {here!r} here); take a teacher of the same family, or "
             "learn from its texts (a stage of kind traces)"
+        )
+    if not start.has_architecture:
+        return
+    rows = start.architecture().vocab_size
+    if rows < tokenizer.vocab_size:
+        raise ValueError(
+            f"{key} is {start.text!r}, whose head has {rows} tokens and this run's tokenizer "
+            f"{tokenizer.vocab_size}; distillation compares them token by token: both need one "
+            "tokenizer"
         )
 
 

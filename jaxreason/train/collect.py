@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxreason.data.prompts import PromptStream
 from jaxreason.parallel import hosts
@@ -16,6 +17,8 @@ from jaxreason.rollout.generate import Generate
 from jaxreason.rollout.parts import Interrupted
 from jaxreason.train.groups import Group
 from jaxreason.types import Completion, Params, Prompt, Sampling
+
+_LMBDA = 0x6C6D  # keeps the choice of a step apart from the loop's own draws of (seed, step)
 
 Reward = Callable[[Sequence[Completion], Sequence[str]], tuple[list[float], dict[str, list[float]]]]
 
@@ -25,6 +28,7 @@ class CollectConfig:
     """Keys of `rollout`: what a step learns from."""
 
     num_prompts: int  # groups a step
+    lmbda: float = 1.0  # share of the steps that sample (GKD); the rest take the data's answers
     filter_zero_std: bool = True  # drop groups whose rewards all agree, and draw others (DAPO)
     max_gen_batches: int = 10  # draws a step; with too few groups after them the step is skipped
 
@@ -39,6 +43,7 @@ class Rollout:
     """The groups of one step, perhaps not all of them yet. Everything but the times is kept."""
 
     step: int
+    on_policy: bool = True  # False: the completions are the data set's own, without rewards
     groups: list[Group] = dataclasses.field(default_factory=list)
     gen_batches: int = 0
     generated: int = 0  # groups, with those that were dropped
@@ -51,6 +56,7 @@ class Rollout:
     def to_json(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "on_policy": self.on_policy,
             "groups": [group.to_json() for group in self.groups],
             "gen_batches": self.gen_batches,
             "generated": self.generated,
@@ -62,7 +68,7 @@ class Rollout:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Rollout":
         groups = [Group.from_json(group) for group in content["groups"]]
-        names = ("step", "gen_batches", "generated", "earned", "agreed", "prompts")
+        names = ("step", "on_policy", "gen_batches", "generated", "earned", "agreed", "prompts")
         return cls(groups=groups, **{name: content[name] for name in names})
 
 
@@ -81,6 +87,9 @@ class Collector:
     reward: Reward
     solved_by: str  # the reward function whose mean is a prompt's solve rate
     key: jax.Array
+    # Of a prompt with the data set's own answer: (its ids, the answer's); for lmbda below 1.
+    encode_answer: Callable[[Prompt], tuple[list[int], list[int]]] | None = None
+    seed: int = 0  # of which steps sample
 
     def complete(self, rollout: Rollout) -> bool:
         enough = len(rollout.groups) >= self.config.num_prompts
@@ -95,6 +104,10 @@ class Collector:
         rollout, and the prompt stream back where the last complete draw left it.
         """
         rollout.began = time.perf_counter()
+        # Of seed and step alone, so that a resumed run chooses as the uninterrupted one.
+        random = np.random.default_rng((self.seed, rollout.step, _LMBDA)).random()
+        if random >= self.config.lmbda:
+            return self._answers(rollout)
         step_key = jax.random.fold_in(self.key, rollout.step)
 
         def on_progress(*_):
@@ -116,6 +129,18 @@ class Collector:
             kept = [g for g in drawn if g.varied] if self.config.filter_zero_std else drawn
             rollout.groups = (rollout.groups + kept)[: self.config.num_prompts]
             rollout.prompts = self.prompts.stats()
+        rollout.ended = time.perf_counter()
+        return rollout
+
+    def _answers(self, rollout: Rollout) -> Rollout:
+        """As many rows as a rollout of samples: of other prompts each its data set's answer."""
+        rollout.on_policy = False
+        for prompt in self.prompts.next(self.config.num_prompts * self.sampling.num_samples):
+            prompt_ids, ids = self.encode_answer(prompt)
+            answer = Completion(prompt.response, tuple(ids), (), truncated=False)
+            group = Group(prompt, tuple(prompt_ids), (answer,), rewards=(0.0,), breakdown={})
+            rollout.groups.append(group)
+        rollout.prompts = self.prompts.stats()
         rollout.ended = time.perf_counter()
         return rollout
 

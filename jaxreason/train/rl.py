@@ -263,7 +263,7 @@ def make_score(model: LanguageModel, policy: PolicyGradient, teacher: LanguageMo
     """jitted `(params, read, batch) -> {name: float32 [rows, length]}` before the updates.
 
     `logprobs` of the targets at the rollout temperature, `values` with a value head, and of what is
-    read: `ref_logprobs` with a `reference`, `teacher_logprobs` with a `teacher`, of its own shape.
+    read: `ref_logprobs` with a `reference`, `teacher_logprobs` with the model of a `teacher`.
     """
 
     @jax.jit
@@ -274,7 +274,7 @@ def make_score(model: LanguageModel, policy: PolicyGradient, teacher: LanguageMo
             scores["values"] = values_BT
         if "reference" in read:
             scores["ref_logprobs"] = policy.score(model, read["reference"], batch)[0]
-        if "teacher" in read:
+        if teacher is not None:
             scores["teacher_logprobs"] = policy.score(teacher, read["teacher"], batch)[0]
         # Whole on every device: every process reads all of them.
         return {name: rules.constrain(x, model.mesh, "whole") for name, x in scores.items()}
@@ -295,15 +295,18 @@ def _learn(
     place = lambda tree: hosts.to_global(job.model.mesh, tree) if job.model.mesh else tree
     whole = job.model.complete(state.params, frozen.base)
     scores_U = [jax.device_get(job.score(whole, frozen.read, place(rows.batch))) for rows in rows_U]
-    batches = _policy_batches(job, updates, rows_U, scores_U, entropy_coef)
-    values = mismatch(
-        np.concatenate([b.old_logprobs_BT for b in batches]),
-        np.concatenate([b.rollout_logprobs_BT for b in batches]),
-        np.concatenate([b.weights_BT for b in batches]),
-    )
-    _check_mismatch(job, rollout, values)
-    if job.algorithm.teacher is not None:
-        values["teacher/kl"] = _gap_to_teacher(batches, scores_U)
+    if rollout.on_policy:
+        batches = _policy_batches(job, updates, rows_U, scores_U, entropy_coef)
+        values = mismatch(
+            np.concatenate([b.old_logprobs_BT for b in batches]),
+            np.concatenate([b.rollout_logprobs_BT for b in batches]),
+            np.concatenate([b.weights_BT for b in batches]),
+        )
+        _check_mismatch(job, rollout, values)
+        if job.algorithm.teacher is not None:
+            values["teacher/kl"] = _gap_to_teacher(batches, scores_U)
+    else:
+        batches, values = _answer_batches(rows_U, scores_U), {}
     batches = [place(batch) for batch in batches]
     found = []
     for _ in range(job.config.num_iterations):
@@ -318,8 +321,9 @@ def _learn(
         )
     for name in found[0]:
         values[name] = float(np.mean([metrics[name] for metrics in found]))
-    values["clip_ratio/low_min"] = float(min(m["clip_ratio/low_mean"] for m in found))
-    values["clip_ratio/high_max"] = float(max(m["clip_ratio/high_mean"] for m in found))
+    if job.algorithm.has_policy:
+        values["clip_ratio/low_min"] = float(min(m["clip_ratio/low_mean"] for m in found))
+        values["clip_ratio/high_max"] = float(max(m["clip_ratio/high_mean"] for m in found))
     values["num_tokens"] = float(sum(b.weights_BT.sum() for b in batches))
     return state, values
 
@@ -381,6 +385,19 @@ def _policy_batches(
     return batches
 
 
+def _answer_batches(
+    rows_U: Sequence[Rows], scores_U: Sequence[dict[str, np.ndarray]]
+) -> list[PolicyBatch]:
+    """Of answers that nobody sampled: no advantages, so that a policy gradient is 0 on them."""
+    batches = []
+    for rows, scores in zip(rows_U, scores_U, strict=True):
+        fields = {f.name: getattr(rows.batch, f.name) for f in dataclasses.fields(Batch)}
+        logprobs_BT = scores["logprobs"] * rows.batch.weights_BT
+        fields |= {"old_logprobs_BT": logprobs_BT, "rollout_logprobs_BT": logprobs_BT}
+        batches.append(PolicyBatch(**fields, advantages_BT=np.zeros_like(logprobs_BT)))
+    return batches
+
+
 def _gap_to_teacher(
     batches: Sequence[PolicyBatch], scores_U: Sequence[dict[str, np.ndarray]]
 ) -> float:
@@ -415,16 +432,23 @@ def _check_mismatch(job: RL, rollout: Rollout, values: dict[str, float]) -> None
 
 def _rollout_values(rollout: Rollout) -> dict[str, float]:
     """`reward` and `frac_reward_zero_std` are of all groups drawn, the rest of those kept."""
+    own = {f"prompts/{name}": value for name, value in rollout.prompts.items()}
+    own["rollout/on_policy"] = float(rollout.on_policy)
+    if not rollout.on_policy:
+        return own
     values = statistics(rollout.groups) if rollout.groups else {}
     if values:
         values["rollout/kept_reward"] = values["reward"]
-    return values | {
-        "reward": rollout.earned / rollout.generated,
-        "frac_reward_zero_std": rollout.agreed / rollout.generated,
-        "rollout/gen_batches": rollout.gen_batches,
-        "rollout/generated_groups": rollout.generated,
-        **{f"prompts/{name}": value for name, value in rollout.prompts.items()},
-    }
+    return (
+        values
+        | own
+        | {
+            "reward": rollout.earned / rollout.generated,
+            "frac_reward_zero_std": rollout.agreed / rollout.generated,
+            "rollout/gen_batches": rollout.gen_batches,
+            "rollout/generated_groups": rollout.generated,
+        }
+    )
 
 
 def _report(job: RL, step: int, values: dict[str, float], rollout: Rollout) -> None:
@@ -434,11 +458,15 @@ def _report(job: RL, step: int, values: dict[str, float], rollout: Rollout) -> N
         values["perf/peak_memory_gib"] = memory
     job.writer.write(job.stage, step, values)
     if step % config.log_every == 0 or step == config.steps:
-        detail = f"reward {values['reward']:.3f}  "
-        if rollout.groups:
+        loss = values.get("loss", float("nan"))
+        detail = f"loss {loss:.3f} on the data's answers  "
+        if rollout.on_policy:
+            detail = f"reward {values['reward']:.3f}  "
+        if rollout.on_policy and rollout.groups:
             detail += f"length {values['completions/mean_length']:.0f}  "
         job.progress.update(step, detail + f"{values['perf/step_time']:.1f} s a step")
-    if hosts.is_first() and (step % config.samples_every == 0 or step in (1, config.steps)):
+    chosen = step % config.samples_every == 0 or step in (1, config.steps)
+    if hosts.is_first() and chosen and rollout.on_policy:
         with job.samples.open("a") as file:
             for group in rollout.groups:
                 file.write(json.dumps(_sample(job, step, group)) + "\n")

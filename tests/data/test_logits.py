@@ -33,6 +33,11 @@ def score(ids_T):
     return ids_TK, -np.log1p((state_T * 31 + np.arange(K)) % 97).astype(np.float32)
 
 
+def each(score):
+    """As `write` asks: of some documents at once."""
+    return lambda found: map(score, found)
+
+
 def header(**changes):
     shape = dict(vocabulary="v" * 64, source="data.sources.x", k=K, chunk=32, part_documents=16)
     return Header(**{**shape, **changes})
@@ -65,7 +70,7 @@ process, pause = int(sys.argv[1]), float(sys.argv[2])
 def score(ids_T):
     time.sleep(pause)
     return t.score(ids_T)
-write({directory!r}, t.documents(), score, t.header(), process=process, processes=2,
+write({directory!r}, t.documents(), t.each(score), t.header(), process=process, processes=2,
       say=lambda text: print(text, flush=True),
       progress=lambda done, own: print(done, "of", own, flush=True))
 """
@@ -117,7 +122,7 @@ def test_the_size_is_known_before(tmp_path, k, chunk, part_documents, count):
     own = header(k=k, chunk=chunk, part_documents=part_documents)
     found = documents(count, seed=2)
     few = lambda ids_T: tuple(np.tile(x_TK[:, :1], (1, k)) for x_TK in score(ids_T))
-    made = write(tmp_path / "s", found, few, own)
+    made = write(tmp_path / "s", found, each(few), own)
     estimate = estimate_bytes(made, [max(len(ids) - 1, 0) for ids in found])
     assert estimate == pytest.approx(size_of(tmp_path / "s"), rel=0.05)
 
@@ -125,7 +130,7 @@ def test_the_size_is_known_before(tmp_path, k, chunk, part_documents, count):
 def test_records_are_of_one_size_and_not_compressed(tmp_path):
     from array_record.python import array_record_module
 
-    write(tmp_path / "s", documents(20), score, header())
+    write(tmp_path / "s", documents(20), each(score), header())
     reader = array_record_module.ArrayRecordReader(str(tmp_path / "s" / "part-00000.array_record"))
     records = reader.read_all()
     assert {len(record) for record in records} == {32 * K * 6}
@@ -139,7 +144,7 @@ def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(logits.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError) as error:
-        write(tmp_path / "s", documents(), score, header(), say=said.append)
+        write(tmp_path / "s", documents(), each(score), header(), say=said.append)
     assert "GB and the disk has 0.000 GB; lower teacher.k" in str(error.value)
     assert "\n" not in str(error.value) and len(said) == 1
     assert not list((tmp_path / "s").glob("part-*"))
@@ -148,7 +153,7 @@ def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
 
 def test_what_is_not_the_same_is_one_line(tmp_path):
     found = documents(20)
-    write(tmp_path / "s", found, score, header())
+    write(tmp_path / "s", found, each(score), header())
 
     def says(action):
         with pytest.raises(ValueError) as error:
@@ -175,9 +180,9 @@ def test_what_is_not_the_same_is_one_line(tmp_path):
         (dict(temperature=2.0), "temperature is 1.0, not 2.0"),
         (dict(source="data.sources.y"), "source is 'data.sources.x', not 'data.sources.y'"),
     ):
-        assert text in says(lambda: write(tmp_path / "s", found, score, header(**change)))
+        assert text in says(lambda: write(tmp_path / "s", found, each(score), header(**change)))
     assert "documents is 20, not 19" in says(
-        lambda: write(tmp_path / "s", found[1:], score, header())
+        lambda: write(tmp_path / "s", found[1:], each(score), header())
     )
     assert "teacher.k is 0" in says(lambda: header(k=0))
     bad = {
@@ -185,12 +190,12 @@ def test_what_is_not_the_same_is_one_line(tmp_path):
         "are not all 0 or less": lambda ids_T: (score(ids_T)[0], score(ids_T)[1] * np.nan),
     }
     for text, wrong in bad.items():
-        assert text in says(lambda: write(tmp_path / text, found, wrong, header()))
+        assert text in says(lambda: write(tmp_path / text, found, each(wrong), header()))
 
 
 def test_a_store_travels_and_closes_what_it_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(logits, "_OPEN", 2)
-    write(tmp_path / "s", documents(), score, header())
+    write(tmp_path / "s", documents(), each(score), header())
     store = assert_holds(tmp_path / "s", documents())
     assert len(store._readers) == 2
     copy = pickle.loads(pickle.dumps(store))

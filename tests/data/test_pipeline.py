@@ -443,7 +443,7 @@ def test_a_teacher_s_store_meets_the_tokens_that_it_scored(folder, way):
     base = config_of(folder, "ab", **way)
     found = documents.open_documents(base, TOKENIZER, folder)
     for name, ids in found.items():
-        logits.write(folder / "store" / name, ids, fake_score, header(name))
+        logits.write(folder / "store" / name, ids, lambda d: map(fake_score, d), header(name))
     config = dataclasses.replace(base, teacher="@store")
     batches, plain = take(config, folder, 6), take(base, folder, 6)
     for batch, other in zip(batches, plain):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxreason.data import prompts
 from jaxreason.data.arithmetic import ArithmeticConfig, open_arithmetic, prepare_arithmetic
-from jaxreason.data.prompts import PromptConfig, PromptStream
+from jaxreason.data.prompts import PromptConfig, PromptSource, PromptStream
 from jaxreason.types import Prompt
 
 
@@ -200,6 +200,40 @@ def test_jsonl_prompts_and_answers(tmp_path):
     assert found[1].answer == "3"
     assert found[2] == Prompt(id="t/0", text="2+2?", answer="Two and two.\n#### 4", source="t")
     prompts.build(PromptConfig(sources={"h": hashes}), tmp_path, say=print, check=needs_a_number)
+
+
+def test_the_data_sets_own_answers_come_along_where_asked_for(tmp_path):
+    """A record without its own is left out, though it has a prompt and a gold answer."""
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [{"q": "3?", "a": "3", "r": "Three."}, {"q": "4?", "a": "4"},
+         {"q": "2?", "a": "2", "r": "Two.", "t": "hm"}],
+    )  # fmt: skip
+    own = {"path": path, "prompt_field": "q", "answer_field": "a"}
+    drawn = lambda **more: prompts.build(
+        PromptConfig(sources={"s": {**own, **more}}, shuffle=False), tmp_path, say=print
+    )
+    assert [p.response for p in drawn().next(3)] == [None] * 3
+    found = drawn(response_field="r").next(2)
+    assert [(p.answer, p.response, p.reasoning) for p in found] == [
+        ("3", "Three.", None), ("2", "Two.", None),
+    ]  # fmt: skip
+    (alone,) = drawn(response_field="r", reasoning_field="t").next(1)
+    assert (alone.id, alone.response, alone.reasoning) == ("s/0", "Two.", "hm")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(path="x", answer_field="a", reasoning_field="t"), "it is read beside response_field"),
+        (dict(path="x", answer_field="a", rendering="answer"), "rendering is 'answer'; kind 'jso"),
+        (dict(kind="arithmetic", split="train", rendering="text"), "'text', which answers no"),
+        (dict(kind="arithmetic", split="train", response_field="r"), "response_field is 'r'; kind"),
+    ],
+)
+def test_answers_that_cannot_be_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PromptSource(name="s", **({"prompt_field": "q"} if "path" in fields else {}), **fields)
 
 
 def test_an_answer_that_cannot_be_read_is_refused_when_the_data_is_loaded(tmp_path):

@@ -367,3 +367,34 @@ def test_tables_that_are_not_of_one_vocabulary():
             linear_distill.linear_topk_distill(
                 h, w, ids_TK, np.zeros((T, K)), *rows, valid_vocab=VALID
             )
+
+
+# --- the top k ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 7, VALID])
+def test_the_top_k_are_those_of_a_sorted_softmax(k, monkeypatch):
+    """On one device in chunks of rows, and on vocabulary shards of 15 rows, 7 and 50 ids of all."""
+    monkeypatch.setattr(linear_xent, "_CHUNK_BYTES", 1)
+    h_TD, w_VD, *_ = inputs(rows=96)
+    z_TV = h_TD.astype(np.float64) @ w_VD[:VALID].astype(np.float64).T / 0.7
+    log_p_TV = np.log(softmax(z_TV))
+    want_TK = np.argsort(-log_p_TV, axis=-1)[:, :k]
+    options = dict(k=k, temperature=0.7, valid_vocab=VALID)
+    run = functools.partial(linear_distill.linear_top_k, **options)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("tensor",), auto, devices=jax.devices()[:4])
+    local = functools.partial(run, axis_name="tensor")
+    specs = (jax.P(), jax.P("tensor"))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(jax.P(), jax.P()))
+    for found in (run, sharded):
+        ids_TK, logprobs_TK = jax.jit(found)(h_TD, w_VD)
+        np.testing.assert_array_equal(ids_TK, want_TK)
+        want = np.take_along_axis(log_p_TV, want_TK, -1)
+        np.testing.assert_allclose(logprobs_TK, want, **TOLERANCE)
+
+
+def test_more_tokens_than_there_are_cannot_be_asked_for():
+    h_TD, w_VD, *_ = inputs()
+    with pytest.raises(ValueError, match=r"k is 51; it must be in \[1, 50\]"):
+        linear_distill.linear_top_k(h_TD, w_VD, 51, valid_vocab=VALID)

@@ -66,6 +66,8 @@ SPECS = {
     ),
 }  # fmt: skip
 
+TAUGHT = ("opd", "gkd", "minillm")  # what they learn comes from a teacher: test_on_policy.py
+
 _RENAMED = {"low": "epsilon", "high": "epsilon_high", "mean": "aggregation"}
 _OF_ADVANTAGE = ("estimator", "k1", "gamma", "lam")
 
@@ -241,7 +243,7 @@ def expected(name: str, case: Case):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_forty_random_cases_equal_the_formulas_in_float64(name):
-    assert set(PRESETS) <= {*SPECS, "opd"}  # opd: advantages that a teacher gives
+    assert set(PRESETS) == {*SPECS} & set(PRESETS) | set(TAUGHT)
     for seed in range(40):
         case = random_case(seed)
         batch = with_advantages(case, algorithm(name).advantage)
@@ -268,7 +270,7 @@ def on_policy(case: Case) -> Case:
     )
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("grpo", "opd")])  # KL; a teacher
+@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("grpo", *TAUGHT)])  # grpo: KL
 def test_the_gradient_follows_the_sign_of_the_advantage(name):
     """Down the loss, tokens of positive advantage become likelier; a flipped sign flips it all."""
     case = on_policy(random_case(3))

@@ -24,6 +24,11 @@ def plan(monkeypatch, **changes) -> rl.RLStage:
 MISTAKES = {
     "train.advantage.estimator=external": r"estimator is external, which leaves .* to a teacher",
     "train.algorithm=opd": r"train\.teacher\.from is empty, and train\.algorithm = opd learns from",
+    "train.algorithm=gkd": r"train\.teacher\.from is empty, and train\.algorithm = gkd learns from",
+    "train.distill.kd_coef=0.5": r"algorithm = dapo with train\.distill learns from a teacher",
+    "train.distill.divergence=kl": r"train\.distill\.divergence is 'kl'; it must be one of",
+    "rollout.lmbda=0.5": r"rollout\.lmbda is 0\.5; only a teacher's divergence",
+    "train.advantage.estimator=none": r"estimator is none, which leaves nothing but a teacher's",
     "train.teacher.coef=0.5": r"train\.teacher\.coef is 0\.5, but train\.teacher\.from is empty",
     "train.teacher.from=random": r"train\.teacher\.from is 'random'; a teacher is",
     "train.teacher.from=/no/where": r"train\.teacher\.from is '/no/where'; .* no config\.json",
@@ -56,6 +61,60 @@ def test_a_teacher_alone_needs_no_groups_and_no_rewards_that_differ(monkeypatch)
     mixed = plan(monkeypatch, **{"train.teacher.from": "@big", "train.teacher.coef": "0.1"})
     assert mixed.algorithm.advantage.estimator != "external"
     assert mixed.algorithm.teacher.coef == 0.1
+
+
+GKD = {
+    "train.algorithm": "gkd",
+    "train.teacher.from": "@big",
+    "rollout.filter_zero_std": "false",
+    "rollout.num_generations": "1",
+}
+ANSWERS = {"data.sources.arithmetic.rendering": "long_cot"}
+
+
+def test_a_divergence_is_learnt_alone_or_beside_rewards(monkeypatch):
+    stage = plan(monkeypatch, **GKD, **ANSWERS, **{"rollout.temperature": "0.9"})
+    distill = stage.algorithm.distill
+    assert (distill.divergence, distill.mix.beta, distill.temperature) == ("jsd", 0.5, 0.9)
+    assert stage.algorithm.teacher is None and not stage.algorithm.has_policy
+    assert stage.algorithm.lmbda == stage.collect.lmbda == 0.5
+    rewarded = plan(monkeypatch, **{"train.teacher.from": "@big", "train.distill.kd_coef": "0.3"})
+    assert rewarded.algorithm.has_policy and rewarded.algorithm.teacher is None
+    assert rewarded.algorithm.distill.kd_coef == 0.3 and rewarded.algorithm.lmbda == 1
+    both = {"train.distill.kd_coef": "0.3", "train.teacher.coef": "0.1"}
+    assert plan(monkeypatch, **{"train.teacher.from": "@big"}, **both).algorithm.teacher.coef == 0.1
+    single = {**GKD, "train.algorithm": "minillm"}
+    minillm = plan(monkeypatch, **single).algorithm
+    assert minillm.distill.divergence == "reverse_kl" and minillm.lmbda == 1
+    assert (minillm.teacher.gamma, minillm.teacher.future) == (0.95, True)
+
+
+def test_steps_that_do_not_sample_want_answers(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"lmbda is 0\.5 and data\.sources\.arithmetic\.rendering is"
+    ):
+        plan(monkeypatch, **GKD)
+    plan(monkeypatch, **GKD, **{"rollout.lmbda": "1.0"})
+    with pytest.raises(ValueError, match=r"train\.entropy_coef is 0\.1 .*; a bonus needs"):
+        plan(monkeypatch, **GKD, **ANSWERS, **{"train.entropy_coef": "0.1"})
+    with pytest.raises(ValueError, match=r"filter_zero_std is true and .*estimator none"):
+        plan(monkeypatch, **{**GKD, "rollout.filter_zero_std": "true"}, **ANSWERS)
+
+
+def test_an_answer_too_long_for_a_row_is_found_in_the_data(monkeypatch, tmp_path):
+    lines = ['{"q": "1+1", "a": "2", "r": "2"}', '{"q": "1+2", "a": "3", "r": "%s"}' % ("3" * 200)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(ROOT)
+    config = launch.load_config("rl:smoke")
+    for key, value in {**GKD, "train.rows_multiple": "8"}.items():
+        launch.override(config, key, value)
+    files = dict(path=str(tmp_path / "p.jsonl"), prompt_field="q", answer_field="a")
+    config.data.sources = {"m": defaults.prompts(name="m", **files, response_field="r")}
+    stage = rl.plan(config, "rl", config)
+    with pytest.raises(
+        ValueError, match=r"data\.sources\.m: m/1 has 204 tokens with its own answer"
+    ):
+        rl.check_data(config, stage, ByteTokenizer(), Workdir(tmp_path))
 
 
 def test_one_completion_a_prompt_is_for_estimators_without_groups(monkeypatch):
