@@ -19,7 +19,18 @@ from jaxreason.model import attention
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
-from jaxreason.recipes import assemble, evaluation, fit, lora, prune, rl, scaling, traces, weights
+from jaxreason.recipes import (
+    assemble,
+    curate,
+    evaluation,
+    fit,
+    lora,
+    prune,
+    rl,
+    scaling,
+    traces,
+    weights,
+)
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
@@ -32,9 +43,17 @@ from jaxreason.types import Params
 
 # Kinds of a stage: modules of plan, check_data and run_stage.
 _TRAINING = {"fit": fit, "rl": rl}
-_MAKING = {"traces": traces, "prune": prune}  # data/STAGE.jsonl, read later as "@STAGE"
+# Making data/STAGE.jsonl, read later as "@STAGE".
+_MAKING = {"traces": traces, "prune": prune, "curate": curate}
 _RUNNING = {**_TRAINING, **_MAKING}  # mixed, each after those whose work it wants
-Stage = fit.Stage | rl.RLStage | traces.TracesStage | prune.PruneStage | scaling.ScalingStage
+Stage = (
+    fit.Stage
+    | rl.RLStage
+    | traces.TracesStage
+    | prune.PruneStage
+    | curate.CurateStage
+    | scaling.ScalingStage
+)
 
 
 def stages_of(config: ConfigDict) -> list[Stage]:
