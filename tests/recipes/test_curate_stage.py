@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
+from traces_config import MODEL
 
 from jaxreason import launch
 from jaxreason.recipes import curate, defaults, pipeline
@@ -32,29 +33,38 @@ def stage(tmp_path, records, **changes) -> ConfigDict:
     return section
 
 
-def config_of(curate_stage, learns: bool = False) -> ConfigDict:
-    """A base that has learnt next to nothing, and a stage that learns what is chosen."""
-    c = launch.load_config("quickstart:smoke")
-    c.arithmetic.update(num_train=60, num_test=4)
-    base = c.stages.pretrain.copy_and_resolve_references()
-    base.train.steps, base.data.examples_per_batch = 2, 32
-    base.train.optimizer.warmup_steps = 1
-    c.stages = {"base": base, "chosen": curate_stage}
+def config_of(curate_stage=None, learns: bool = False) -> ConfigDict:
+    """A base that has learnt next to nothing, a choice, and a stage that learns what is chosen."""
+    c = defaults.default_config("curated", "pipeline")
+    c.chat.template = "plain"
+    c.model = defaults.model_config("qwen3-tiny", **MODEL)
+    c.arithmetic = defaults.arithmetic_config(
+        min_operations=1, max_operations=2, max_operand=9, num_train=24, num_test=2
+    )
+    sums = dict(name="a", kind="arithmetic", split="train", rendering="answer")
+    c.stages = {"base": training(defaults.source(**sums, prompt_template="{expression}="))}
+    if curate_stage is not None:
+        c.stages["chosen"] = curate_stage
     if learns:
-        student = base.copy_and_resolve_references()
-        student.init["from"] = "@base"
-        student.data.update(length=300, packing="first_fit", examples_per_batch=None)
-        student.data.sources = {"chosen": defaults.source(name="chosen", path="@chosen", **READ)}
-        c.stages["student"] = student
-    c.eval.sets = {}
-    c.run.export, c.run.save_every, c.log.every = False, 2, 1
+        c.stages["student"] = training(defaults.source(name="chosen", path="@chosen", **READ))
+        c.stages.student.init["from"] = "@base"
+    c.run.export, c.log.every = False, 1
     return c
 
 
-def alone(config) -> ConfigDict:
-    """Without the base: a stage that asks nobody needs none."""
-    c = config.copy_and_resolve_references()
+def training(source: dict) -> dict:
+    made = defaults.stage_config()
+    made["data"].update(sources={source["name"]: source}, rows=8, length=300)
+    made["train"]["steps"] = 2
+    return made
+
+
+def alone(curate_stage) -> ConfigDict:
+    """Without the base: a stage that asks nobody, or another run's stage, needs none."""
+    c = config_of(curate_stage)
     c.stages = {"chosen": c.stages.chosen}
+    if curate_stage.solvers:
+        c.model = defaults.model_config()  # the first solver's shape comes along
     return c
 
 
@@ -79,6 +89,16 @@ def scene(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("jaxreason.recipes.assemble.device_mesh", lambda mesh: None)
     Oracle.asked, Oracle.patience = collections.Counter(), 1_000
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A checkpoint of another run."""
+    workdir = tmp_path_factory.mktemp("base") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxreason.recipes.assemble.device_mesh", lambda mesh: None)
+        pipeline.run(config_of(), workdir)
+    return f"{workdir}@base"
 
 
 def outcome(workdir):
@@ -110,7 +130,7 @@ def test_each_filter_drops_what_it_is_for_and_says_so(tmp_path):
         quality=dict(min_tokens=6, max_tokens=60, without=("[asy]",)),
         held_out=dict(path=str(held_out), field="problem"), deduplicate=dict(threshold=0.9),
     )  # fmt: skip
-    pipeline.run(alone(config_of(section)), tmp_path / "run")
+    pipeline.run(alone(section), tmp_path / "run")
     kept, dropped, marker = outcome(tmp_path / "run")
     assert [one["id"] for one in kept] == ["mine/1", "mine/12", "mine/14"]
     assert {one["id"]: one["reason"] for one in dropped} == {
@@ -134,7 +154,7 @@ def test_each_filter_drops_what_it_is_for_and_says_so(tmp_path):
 def test_without_a_field_that_says_so_the_reward_says_what_is_correct(tmp_path):
     records = [record("a", response="8"), record("a"), record("a"), record("b", answer="9")]
     section = stage(tmp_path, records, keep="correct", answer_field="answer")
-    pipeline.run(alone(config_of(section)), tmp_path / "run")
+    pipeline.run(alone(section), tmp_path / "run")
     kept, dropped, _ = outcome(tmp_path / "run")
     assert [one["id"] for one in kept] == ["mine/1", "mine/2"]
     assert [one["reason"] for one in dropped] == ["not correct", "question without a correct trace"]
@@ -144,7 +164,7 @@ def test_malformed_records_are_quarantined_and_counted(tmp_path):
     section = stage(tmp_path, [record("a"), {"question": "b"}, record("c")])
     with open(tmp_path / "mine.jsonl", "a") as file:
         file.write("{not json\n")
-    pipeline.run(alone(config_of(section)), tmp_path / "run")
+    pipeline.run(alone(section), tmp_path / "run")
     kept, _, marker = outcome(tmp_path / "run")
     assert len(kept) == 2 and marker["quarantined"] == 2
     assert [q["line"] for q in read_lines(tmp_path / "run/data/quarantine.jsonl")] == [2, 4]
@@ -155,7 +175,7 @@ def test_random_is_a_draw_of_the_same_size(tmp_path):
     section = stage(tmp_path, records, method="random", limit=10)
     longest = []
     for seed in (0, 1):
-        config = alone(config_of(section))
+        config = alone(section)
         config.seed = seed
         pipeline.run(config, tmp_path / str(seed))
         kept, dropped, _ = outcome(tmp_path / str(seed))
@@ -189,10 +209,10 @@ def test_what_is_easy_goes_and_of_the_rest_each_domain_gives_its_long_traces(tmp
     assert summary["stages"]["student"]["steps"] == 2
 
 
-def test_a_killed_run_goes_on_after_its_last_batch(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_after_its_last_batch(base, tmp_path, monkeypatch):
     monkeypatch.setattr(curate, "Solver", Oracle)
     records = [record(f"{'easy' if i % 2 else 'hard'} {i}") for i in range(10)]
-    config = config_of(stage(tmp_path, records, solvers=("@base",)))
+    config = alone(stage(tmp_path, records, solvers=(base,)))
     Oracle.patience = 6
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, tmp_path / "run")
@@ -211,28 +231,27 @@ def test_a_killed_run_goes_on_after_its_last_batch(tmp_path, monkeypatch):
     assert len(Oracle.asked) == 10 and outcome(tmp_path / "run")[0] == kept
 
 
-def test_a_real_solver_is_asked_through_the_engine(tmp_path):
+def test_a_real_solver_is_asked_through_the_engine(base, tmp_path):
     """A base that has seen two batches solves nothing; what it wrote is on the disk."""
-    section = stage(tmp_path, [record("3+4="), record("2+5=")], solvers=("@base",), rows=8)
-    pipeline.run(config_of(section), tmp_path / "run")
+    section = stage(tmp_path, [record("3+4="), record("2+5=")], solvers=(base,), rows=8)
+    pipeline.run(alone(section), tmp_path / "run")
     said = read_lines(tmp_path / "run/data/chosen.solver0.all.jsonl")
     assert [(one["question"], one["solved"]) for one in said] == [("3+4=", False), ("2+5=", False)]
-    assert all(one["text"] and one["teacher"] == "@base@2" for one in said)
-    assert outcome(tmp_path / "run")[2]["solved"] == {"@base": 0}
+    assert all(one["text"] and one["teacher"] == base for one in said)
+    assert outcome(tmp_path / "run")[2]["solved"] == {base: 0}
 
 
 # ------------------------------------------------------------------------------- refusals
 
 
-def test_nothing_left_is_one_line_with_the_counts(tmp_path, capsys, monkeypatch):
+def test_nothing_left_is_one_line_with_the_counts(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(curate, "Solver", Oracle)
-    section = stage(tmp_path, [record("easy"), record("a", 1), record("b", 1)], solvers=("@base",),
+    section = stage(tmp_path, [record("easy"), record("a", 1), record("b", 1)], solvers=(base,),
                     quality=dict(min_tokens=6))  # fmt: skip
-    config = config_of(section)
     with pytest.raises(ValueError) as error:
-        pipeline.run(config, tmp_path / "run")
+        pipeline.run(alone(section), tmp_path / "run")
     assert str(error.value) == (
-        "stages.chosen: limit is 0; 0 of 3 traces left (2 too short, 1 solved by @base dropped)"
+        f"stages.chosen: limit is 0; 0 of 3 traces left (2 too short, 1 solved by {base} dropped)"
     )
     # As a user meets it: exit 2 and one line.
     (tmp_path / "empty.py").write_text(
@@ -266,7 +285,7 @@ def test_nothing_left_is_one_line_with_the_counts(tmp_path, capsys, monkeypatch)
 def test_what_the_data_cannot_give_is_named(tmp_path, changes, says):
     records = [record("a"), record("a"), record("b")]
     with pytest.raises(ValueError, match=says) as error:
-        pipeline.run(alone(config_of(stage(tmp_path, records, **changes))), tmp_path / "run")
+        pipeline.run(alone(stage(tmp_path, records, **changes)), tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
