@@ -23,6 +23,7 @@ ARGUMENTS = {
     "pretrain": ("", "smoke", "b200"),
     "sft": ("", "smoke", "hf"),
     "traces": ("", "smoke"),
+    "long_cot": ("", "smoke", "8k", "220k", "8k-large-batch", "s1k", "s1k-1.1", "curated"),
     "rl": ("", "smoke", "countdown", "gsm8k", "hf"),
     "eval": ("", "smoke", "arithmetic"),
     "generate": ("", "smoke"),
@@ -56,7 +57,9 @@ def test_shipped_config_loads_and_describes_what_can_be_built(name, arg, monkeyp
     if config.recipe not in ("evaluate", "generate"):
         # Where the parameters come from is the user's; the rest must stand by itself.
         for section in config.get("stages", {"": config}).values():
-            if not section.init["from"].startswith("@"):
+            if "init" not in section:  # a stage that curates
+                section.solvers = ()
+            elif not section.init["from"].startswith("@"):
                 section.init["from"] = "random"
         config.chat.template = "plain"
         monkeypatch.setattr(assemble, "device_mesh", lambda mesh: None)  # not the suite's eight

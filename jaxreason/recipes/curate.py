@@ -141,8 +141,11 @@ def _solvers(section: ConfigDict) -> dict[str, checkpoints.Checkpoint]:
 
 
 def _sources(section: ConfigDict) -> dict[str, sources_lib.SourceConfig]:
+    read = (section.domain_field, section.correct_field, section.answer_field)
     sources = {
-        source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source})
+        source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source}).reading(
+            *read, "truncated", "refused"
+        )
         for source, fields in section.data.sources.items()
     }
     if not sources:

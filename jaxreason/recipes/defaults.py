@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 
@@ -95,6 +96,17 @@ def default_config(name: str, recipe: str) -> ConfigDict:
             "eval": {"every": 0, "rows": 256, "sets": {}},
         },
     )
+
+
+def updates(num_examples: int, epochs: float, batch: int) -> int:
+    """`train.steps` that show so many examples so often, `batch` of them an update; rounded up.
+
+    Raises ValueError for a number that is not above 0.
+    """
+    for name, value in (("num_examples", num_examples), ("epochs", epochs), ("batch", batch)):
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    return math.ceil(num_examples * epochs / batch)
 
 
 def arithmetic_config(**fields) -> dict:
