@@ -23,6 +23,7 @@ ARGUMENTS = {
     "pretrain": ("", "smoke", "b200"),
     "sft": ("", "smoke", "hf"),
     "traces": ("", "smoke"),
+    "rationales": ("", "smoke", "step_by_step", "hf"),
     "long_cot": ("", "smoke", "8k", "220k", "8k-large-batch", "s1k", "s1k-1.1", "curated"),
     "rl": ("", "smoke", "countdown", "gsm8k", "hf"),
     "eval": ("", "smoke", "arithmetic"),
