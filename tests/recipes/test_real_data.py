@@ -1,7 +1,8 @@
 """Real records through the recipes: GSM8K, a large model's rationales, with Qwen3's tokenizer.
 
-A model of two narrow layers with the real vocabulary; one to three minutes each on two cores. What they show is
-that real records arrive, that the loss falls, and that what was trained is evaluated and exported.
+A model of two narrow layers with the real vocabulary; one to three minutes each on two cores. They
+show that real records arrive, that the loss falls, and that what was trained is evaluated and
+exported.
 """
 
 import json
