@@ -27,6 +27,8 @@ ARGUMENTS = {
     "traces": ("", "smoke"),
     "distill": ("", "smoke", "rewarded", "minillm", "opd", "logit-smoke", "topk", "sequence"),
     "lfm": ("", "smoke"),
+    "rationales": ("", "smoke", "step_by_step", "hf"),
+    "long_cot": ("", "smoke", "8k", "220k", "8k-large-batch", "s1k", "s1k-1.1", "curated"),
     "rl": ("", "smoke", "countdown", "gsm8k", "hf"),
     "eval": ("", "smoke", "arithmetic"),
     "generate": ("", "smoke"),
@@ -65,7 +67,9 @@ def test_shipped_config_loads_and_describes_what_can_be_built(name, arg, monkeyp
     if config.recipe not in ("evaluate", "generate"):
         # Where the parameters come from is the user's; the rest must stand by itself.
         for section in config.get("stages", {"": config}).values():
-            if not section.init["from"].startswith("@"):
+            if "init" not in section:  # a stage that curates
+                section.solvers = ()
+            elif not section.init["from"].startswith("@"):
                 section.init["from"] = "random"
         config.chat.template = "plain"
         monkeypatch.setattr(assemble, "device_mesh", lambda mesh: None)  # not the suite's eight

@@ -31,7 +31,7 @@ from jaxreason.types import TASKS
 _FILES_ONLY = (
     "text_field", "prompt_field", "response_field", "reasoning_field", "reasoning",
     "strip_calculator", "messages_field", "system_field", "drop_system", "chosen_field",
-    "rejected_field", "correct_fields", "complete_field", "keep_wrong", "choose",
+    "rejected_field", "correct_fields", "complete_field", "keep_wrong", "choose", "extra_fields",
 )  # fmt: skip
 _PROMPTS = {"arithmetic": "{expression}", "countdown": countdown.PROMPT}  # by default
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -88,6 +88,7 @@ class SourceConfig:
     complete_field: str = ""  # ... and this too, if it is set
     keep_wrong: bool = False  # whatever they say
     choose: str = ""  # of the right traces of a record: first, random, all; "": there is but one
+    extra_fields: Sequence[str] = ()  # what else is read of a record, where it has it (of Parquet)
     task: str = ""  # of types.TASKS, for an objective that weighs tasks apart
     rendering: str = ""  # arithmetic: text, answer, short_cot, long_cot; countdown: see above
     split: str = ""  # arithmetic and countdown: train or test
@@ -129,6 +130,12 @@ class SourceConfig:
     @property
     def has_pairs(self) -> bool:
         return bool(self.fields.chosen_field)
+
+    def reading(self, *names: str) -> "SourceConfig":
+        """The same source with these fields among what is read of its records; "" is none."""
+        if self.kind in ("arithmetic", "countdown"):  # made, with every field
+            return self
+        return dataclasses.replace(self, extra_fields=(*self.extra_fields, *filter(None, names)))
 
     @property
     def key(self) -> str:
@@ -232,6 +239,7 @@ class SourceConfig:
         if not self.keep_wrong:
             named += [*correct[:1], self.complete_field]
             optional += correct[1:]
+        optional += self.extra_fields
         needed = [*([] if self.chosen_field else prompt), *filter(None, named)]
         return needed, list(filter(None, optional))
 

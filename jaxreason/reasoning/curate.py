@@ -14,7 +14,6 @@ import random
 import string
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-from jaxreason.reasoning.prune import shortest_correct
 from jaxreason.reasoning.traces import Trace
 
 KEEPS = ("all", "correct", "first_correct", "shortest_correct")
@@ -45,13 +44,14 @@ class Selection:
         return dict(collections.Counter(self.dropped.values()).most_common())
 
 
-def _selection(num: int, dropped: Mapping[int, str]) -> Selection:
+def without(num: int, dropped: Mapping[int, str]) -> Selection:
+    """Of `num` records all but those that are dropped, {record: why}."""
     return Selection(
         tuple(i for i in range(num) if i not in dropped), dict(sorted(dropped.items()))
     )
 
 
-def _after(first: Selection, choose: Callable[[list[int]], Selection]) -> Selection:
+def after(first: Selection, choose: Callable[[list[int]], Selection]) -> Selection:
     """Chooses further among what a selection kept; numbers stay those of the first records."""
     then = choose(list(first.kept))
     dropped = {first.kept[i]: why for i, why in then.dropped.items()}
@@ -87,21 +87,31 @@ def keep(traces: Sequence[Trace], which: str, num_samples: int | None = None) ->
         dropped |= dict.fromkeys(question[len(seen) :], BEYOND)
         if which != "all":
             dropped |= _drop_of_question(traces, seen, which)
-    return _selection(len(traces), dropped)
+    return without(len(traces), dropped)
 
 
 def _drop_of_question(traces: Sequence[Trace], seen: list[int], which: str) -> dict[int, str]:
-    right = [i for i in seen if traces[i].correct]
-    if not right:
+    correct = [bool(traces[i].correct) for i in seen]
+    kept = {seen[at] for at in of_question(correct, [traces[i].num_tokens for i in seen], which)}
+    if not kept:
         return dict.fromkeys(seen, NO_CORRECT)
-    if which == "shortest_correct":
-        right = [
-            right[shortest_correct([traces[i].num_tokens for i in right], [True] * len(right))]
-        ]
-    elif which == "first_correct":
-        right = right[:1]
-    others = (i for i in seen if i not in right)
+    others = (i for i in seen if i not in kept)
     return {i: ANOTHER if traces[i].correct else NOT_CORRECT for i in others}
+
+
+def of_question(
+    correct: Sequence[bool], num_tokens: Sequence[int], which: str, most: int = 0
+) -> list[int]:
+    """Numbers of the samples of one question that a rule of KEEPS keeps, the first choice first.
+
+    Args:
+      most: how many at most; 0: one of first_correct and shortest_correct, else no limit.
+    """
+    kept = [i for i, right in enumerate(correct) if right or which == "all"]
+    if which == "shortest_correct":
+        kept.sort(key=lambda i: num_tokens[i])  # the earlier where two are as short
+    alone = which in ("first_correct", "shortest_correct")
+    return kept[: most or (1 if alone else None)]
 
 
 # --------------------------------------------------------------------------------- s1K's curation
@@ -151,7 +161,13 @@ def quality(traces: Sequence[Trace], faults: Mapping[str, Callable[[Trace], bool
         i: next((name for name, has in faults.items() if has(trace)), None)
         for i, trace in enumerate(traces)
     }
-    return _selection(len(traces), {i: why for i, why in found.items() if why is not None})
+    return without(len(traces), {i: why for i, why in found.items() if why is not None})
+
+
+def draw(num: int, size: int, seed: int) -> Selection:
+    """`size` of `num` records at random: what a curated set of that size is compared with."""
+    kept = set(random.Random(seed).sample(range(num), size))
+    return without(num, {i: NOT_DRAWN for i in range(num) if i not in kept})
 
 
 def difficulty(num: int, solved: Mapping[str, Sequence[bool]]) -> Selection:
@@ -172,7 +188,7 @@ def difficulty(num: int, solved: Mapping[str, Sequence[bool]]) -> Selection:
         solvers = [model for model, answers in solved.items() if answers[i]]
         if solvers:
             dropped[i] = SOLVED + " and ".join(solvers)
-    return _selection(num, dropped)
+    return without(num, dropped)
 
 
 def diversity(traces: Sequence[Trace], config: Diversity, chosen: Sequence[int] = ()) -> Selection:
@@ -251,13 +267,13 @@ def s1k(
     easy = difficulty(len(traces), tried).dropped
 
     def hard(numbers: list[int]) -> Selection:
-        return _selection(len(numbers), {at: easy[i] for at, i in enumerate(numbers) if i in easy})
+        return without(len(numbers), {at: easy[i] for at, i in enumerate(numbers) if i in easy})
 
     def diverse(numbers: list[int]) -> Selection:
         chosen = [at for at, i in enumerate(numbers) if i in set_aside]
         return diversity([traces[i] for i in numbers], config, chosen)
 
-    return _after(_after(good, hard), diverse)
+    return after(after(good, hard), diverse)
 
 
 # ----------------------------------------------------------------- contamination and duplicates
@@ -273,7 +289,7 @@ def decontaminate(texts: Sequence[str], held_out: Sequence[str], n: int = 8) -> 
     dropped = {
         i: CONTAMINATED for i, text in enumerate(texts) if not taken.isdisjoint(grams(text, n))
     }
-    return _selection(len(texts), dropped)
+    return without(len(texts), dropped)
 
 
 def deduplicate(texts: Sequence[str], n: int = 3, threshold: float = 0.8) -> Selection:
@@ -302,7 +318,7 @@ def deduplicate(texts: Sequence[str], n: int = 3, threshold: float = 0.8) -> Sel
             continue
         for gram in prefix:
             index[gram].append(i)
-    return _selection(len(texts), dropped)
+    return without(len(texts), dropped)
 
 
 def grams(text: str, n: int) -> set[tuple[str, ...]]:

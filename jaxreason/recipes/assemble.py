@@ -342,4 +342,6 @@ def _first_start(config: ConfigDict) -> Checkpoint:
         return checkpoints.parse(config.init["from"])
     stages = list(config.stages.values())
     first = next((stage for stage in stages if "train" in stage), stages[0])
-    return checkpoints.parse(first.init["from"] or "random")  # "" where a server is the teacher
+    # "" where a server is the teacher; a stage that curates has solvers, or nobody.
+    text = first.init["from"] if "init" in first else next(iter(first.solvers), "")
+    return checkpoints.parse(text or "random")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 
@@ -96,6 +97,17 @@ def default_config(name: str, recipe: str) -> ConfigDict:
             "eval": {"every": 0, "rows": 256, "sets": {}},
         },
     )
+
+
+def updates(num_examples: int, epochs: float, batch: int) -> int:
+    """`train.steps` that show so many examples so often, `batch` of them an update; rounded up.
+
+    Raises ValueError for a number that is not above 0.
+    """
+    for name, value in (("num_examples", num_examples), ("epochs", epochs), ("batch", batch)):
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    return math.ceil(num_examples * epochs / batch)
 
 
 def arithmetic_config(**fields) -> dict:
@@ -340,6 +352,48 @@ def topk_config(**changes) -> dict:
     }
 
 
+def curate_config(**changes) -> dict:
+    """One entry of `stages`: of many traces those to train on, chosen as s1 chose its thousand.
+
+    A later stage reads data/STAGE.jsonl by `path="@STAGE"`, with `prompt_field="question"`,
+    `reasoning_field="reasoning"`, `response_field="response"`.
+    """
+    return {
+        "kind": "curate",
+        "method": "s1k",  # s1k: difficulty and diversity | random: a draw of the same size
+        "data": {
+            "sources": {},  # entries of source(): question, reasoning, answer
+            "limit": 0,  # traces that are read, the first of the sources in order; 0: all
+        },
+        "limit": 0,  # traces that are kept; 0: all that no filter drops
+        "num_samples": 0,  # traces of a question that are looked at, the first; 0: all
+        "quality": {
+            "needs_reasoning": True,
+            "min_tokens": 0,  # of the reasoning
+            "max_tokens": config_dict.placeholder(int),
+            "without": (),  # texts that may be nowhere, as ("[asy]", "![")
+            "loops": False,  # drop those that end in a loop; of long traces a second for a dozen
+        },
+        "keep": "all",  # all | correct | first_correct | shortest_correct
+        # Of a record: true, or 1, where it is correct; "": by the reward, against answer_field
+        "correct_field": "",
+        "answer_field": "",  # of a record, the gold answer; "": the trace's own
+        "held_out": {"path": "", "field": "question", "n": 8},  # n words in a row
+        "deduplicate": {"n": 3, "threshold": 0.0},  # similarity of questions' n-grams; 0: not
+        "domain_field": "",  # of a record; "": all are of one domain
+        # Checkpoints, as init.from: what one of them solves is too easy
+        "solvers": (),
+        "template": "",  # of the solvers' chat, as chat.template; "": their own
+        "prompt_template": "{question}",  # what a solver is asked
+        "max_tokens": 1024,  # of a solver's answer
+        "rewards": {"accuracy": reward("math")},
+        "solved_by": "accuracy",  # the reward that is 1 where an answer is right
+        "batch": 256,  # questions in flight, and what a kill can lose
+        "rows": 256,  # slots of the engine
+        **changes,
+    }
+
+
 def generate_config() -> dict:
     """The keys of the recipe `generate`, beside the shared ones."""
     return {
@@ -477,6 +531,9 @@ def _stage_keys(stage: dict) -> dict:
     elif stage["kind"] == "traces":
         known = traces_config() | {"rewards": lambda _: reward("")}
         known["data"]["sources"] = lambda _: _fields(PromptSource)
+    elif stage["kind"] == "curate":
+        known = curate_config() | {"rewards": lambda _: reward("")}
+        known["data"]["sources"] = lambda _: _fields(SourceConfig)
     elif stage["kind"] == "prune":
         known = prune_config() | {"rewards": lambda _: reward("")}
         known["data"]["sources"] = lambda _: _fields(SourceConfig)

@@ -21,6 +21,7 @@ from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
 from jaxreason.recipes import (
     assemble,
+    curate,
     evaluation,
     fit,
     lora,
@@ -43,7 +44,8 @@ from jaxreason.types import Params
 
 # Kinds of a stage: modules of plan, check_data and run_stage.
 _TRAINING = {"fit": fit, "rl": rl}
-_WRITING = {"traces": traces, "prune": prune}  # data/STAGE.jsonl, read later as "@STAGE"
+# data/STAGE.jsonl, read later as "@STAGE"
+_WRITING = {"traces": traces, "prune": prune, "curate": curate}
 _SCORING = {"topk": topk}  # data/STAGE, read later by data.teacher = "@STAGE"
 _MAKING = {**_WRITING, **_SCORING}
 _RUNNING = {**_TRAINING, **_MAKING}  # mixed, each after those whose work it wants
@@ -53,6 +55,7 @@ Stage = (
     | traces.TracesStage
     | prune.PruneStage
     | topk.TopKStage
+    | curate.CurateStage
     | scaling.ScalingStage
 )
 

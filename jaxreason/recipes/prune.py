@@ -86,7 +86,9 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> PruneStage:
             f"{', '.join(section.rewards)}"
         )
     sources = {
-        source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source})
+        source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source}).reading(
+            section.answer_field
+        )
         for source, fields in section.data.sources.items()
     }
     if not sources:

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jaxreason.reasoning.curate import KEEPS
+from jaxreason.reasoning.curate import KEEPS, of_question
 from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import iterate_lines
@@ -51,22 +51,26 @@ class Keep:
         """What is kept of one question's traces, and how many are not, by reason."""
         usable, dropped = [], collections.Counter()
         for trace in traces:
-            if trace.get("refused"):
-                dropped["refused"] += 1
-            elif trace["truncated"]:
-                dropped["truncated"] += 1
-            elif not trace["response"].strip():
-                dropped["no_answer"] += 1
-            elif self.rule != "all" and not trace["correct"]:
-                dropped["wrong"] += 1
-            else:
+            why = fault(trace, trace["response"])
+            if why is None and self.rule != "all" and not trace["correct"]:
+                why = "wrong"
+            if why is None:
                 usable.append(trace)
-        if self.rule == "shortest_correct":
-            usable.sort(key=lambda trace: trace["num_tokens"])  # the earlier where two are as short
-        alone = self.rule in ("first_correct", "shortest_correct")
-        kept = usable[: self.per_question or (1 if alone else None)]
-        dropped["surplus"] += len(usable) - len(kept)
-        return kept, dropped
+            else:
+                dropped[why] += 1
+        tokens = [trace["num_tokens"] for trace in usable]
+        chosen = of_question([True] * len(usable), tokens, self.rule, self.per_question)
+        dropped["surplus"] += len(usable) - len(chosen)
+        return [usable[i] for i in chosen], dropped
+
+
+def fault(record: dict[str, Any], response: str) -> str | None:
+    """Of REASONS, why nobody should learn such a trace, right or wrong; None: one may."""
+    if record.get("refused"):
+        return "refused"
+    if record.get("truncated"):
+        return "truncated"
+    return None if response.strip() else "no_answer"
 
 
 class TraceFiles:

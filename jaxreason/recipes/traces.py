@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from jaxreason.data import prompts as prompts_lib
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel import hosts
-from jaxreason.recipes import assemble, checkpoints, defaults, evaluation, trace_files, weights
+from jaxreason.recipes import assemble, checkpoints, evaluation, speakers, trace_files, weights
 from jaxreason.recipes.generate import sampling_of
 from jaxreason.recipes.run import Run
+from jaxreason.recipes.speakers import Speaker
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.rewards import mix
 from jaxreason.rollout import gated, remote
@@ -165,16 +166,6 @@ def _questions(config: ConfigDict, stage: TracesStage, workdir: Workdir) -> list
 # -------------------------------------------------------------------------------- the teacher
 
 
-@dataclasses.dataclass(frozen=True)
-class Speaker:
-    """A model as it speaks: `config` is the run's, with its own tokenizer and template."""
-
-    start: checkpoints.Checkpoint
-    config: ConfigDict
-    tokenizer: Tokenizer
-    model: LanguageModel | None
-
-
 def _speakers(
     config: ConfigDict,
     stage: TracesStage,
@@ -184,55 +175,29 @@ def _speakers(
 ) -> list[Speaker]:
     """The teacher, and the student of a gate.
 
-    Args:
-      model: the run's, where that is known yet.
     Raises ValueError where a checkpoint cannot be read, or the two have other tokens.
     """
-    speakers = []
-    for key, start in stage.starts.items():
-        own, tokens, shaped = _with_template(config, stage.section.template), tokenizer, model
-        if start.has_architecture:
-            own = _of_its_own(config, start, stage.section.template)
-            folder = Workdir(workdir.path / "teachers" / f"{stage.name}-{key.split('.')[0]}")
-            hosts.first(lambda folder=folder: folder.path.mkdir(parents=True, exist_ok=True))
-            tokens = assemble.tokenizer(own, folder, start)
-            shaped = assemble.language_model(own, assemble.architecture(own, start), tokens)
-        assemble.chat_template(own, tokens)
-        speakers.append(Speaker(start, own, tokens, shaped))
-    teacher, *students = speakers
+    template = stage.section.template
+    teacher, *students = (
+        speakers.find(config, start, template, workdir, f"{stage.name}-{key.split('.')[0]}",
+                      tokenizer, model)
+        for key, start in stage.starts.items()
+    )  # fmt: skip
     for student in students:
         if student.tokenizer.fingerprint() != teacher.tokenizer.fingerprint():
             raise ValueError(
                 f"gate.from is {student.start.text!r}, which has another tokenizer than the "
                 f"teacher {teacher.start.text!r}; a gate compares token by token"
             )
-    return speakers
-
-
-def _with_template(config: ConfigDict, template: str) -> ConfigDict:
-    """The run's configuration, where `template` is set with that chat template."""
-    own = config.copy_and_resolve_references()
-    own.unlock()
-    if template:
-        own.chat.template = template
-    return own
-
-
-def _of_its_own(config: ConfigDict, start: checkpoints.Checkpoint, template: str) -> ConfigDict:
-    """The run's configuration as a recipe for this checkpoint alone would have it."""
-    own = _with_template(config, template or "checkpoint")
-    own.init = ConfigDict({"from": start.text})
-    own.tokenizer.kind = "checkpoint"
-    own.model = defaults.model_config()
-    return own
+    return [teacher, *students]
 
 
 def _asking(run: Run, stage: TracesStage) -> Ask:
     if stage.server is not None:
         return _asking_server(run, stage)
-    speakers = _speakers(run.config, stage, run.workdir, run.tokenizer, run.model)
+    found = _speakers(run.config, stage, run.workdir, run.tokenizer, run.model)
     key = assemble.stage_key(run.config.seed, stage.name)
-    draw = (_gated if stage.student is not None else _drawing)(run, stage, speakers)
+    draw = (_gated if stage.student is not None else _drawing)(run, stage, found)
 
     def ask(texts: Sequence[str], begin: int, on_progress: Callable) -> list[list[Completion]]:
         first = begin * stage.sampling.num_samples
@@ -241,23 +206,19 @@ def _asking(run: Run, stage: TracesStage) -> Ask:
     return ask
 
 
-def _drawing(run: Run, stage: TracesStage, speakers: Sequence[Speaker]) -> Callable:
-    (teacher,) = speakers
-    generate = evaluation.generator(
-        teacher.config, teacher.tokenizer, teacher.model, stage.section.rows
-    )
-    params = weights.load(teacher.start, teacher.model, run.workdir.checkpoints)
-    return functools.partial(generate, params)
+def _drawing(run: Run, stage: TracesStage, found: Sequence[Speaker]) -> Callable:
+    (teacher,) = found
+    return teacher.generator(stage.section.rows, run.workdir.checkpoints)
 
 
-def _gated(run: Run, stage: TracesStage, speakers: Sequence[Speaker]) -> Callable:
+def _gated(run: Run, stage: TracesStage, found: Sequence[Speaker]) -> Callable:
     """Both models whole on the first device."""
     models, params = [], []
-    for speaker in speakers:
+    for speaker in found:
         own = speaker.model
         models.append(LanguageModel(own.config, own.execution, None, own.valid_vocab))
         params.append(weights.load(speaker.start, models[-1], run.workdir.checkpoints))
-    teacher, section = speakers[0], stage.section
+    teacher, section = found[0], stage.section
     generate = gated.build_gated(
         gated.Pair(*models),
         evaluation.prompt_encoder(teacher.config, teacher.tokenizer),
@@ -271,7 +232,7 @@ def _gated(run: Run, stage: TracesStage, speakers: Sequence[Speaker]) -> Callabl
 def _asking_server(run: Run, stage: TracesStage) -> Ask:
     """Completions in the tokens of the run's tokenizer; the first process asks for all."""
     server, tags = remote.Remote(stage.server), assemble.think_tags(run.config)
-    own = _with_template(run.config, stage.section.template)
+    own = speakers.with_template(run.config, stage.section.template)
     template = assemble.chat_template(own, run.tokenizer)
 
     def completion(answer: remote.Answer) -> Completion | str:
