@@ -137,9 +137,10 @@ def run_stage(run: Run, stage: Stage) -> None:
         base = None
         if stage.lora:
             base = lora.frozen_base(workdir, stage.name, stage.start, run.model)
-        frozen = Frozen(
-            base=base, read={name: one.load(workdir.checkpoints) for name, one in read.items()}
-        )
+        # Adapters' own start, rounded as their base is: the policy is its reference at first.
+        same = base is not None and stage.objective.start == stage.start
+        load_read = lambda one: base if same else one.load(workdir.checkpoints)
+        frozen = Frozen(base=base, read={name: load_read(one) for name, one in read.items()})
         load = lambda: weights.load(stage.start, model, workdir.checkpoints)
         first = (lambda: None) if stage.lora else load
         _, tokens = fit(job, key, first, frozen)
