@@ -208,6 +208,8 @@ class Report:
     num_kept: int
     dropped: dict[str, int]  # reason -> traces
     kept_steps: float | None  # share of the steps of the kept traces that are left
+    steps_before: float | None  # mean of the kept traces, full
+    steps_after: float | None  # the same traces, pruned
     kept_tokens: float | None  # share of their tokens
     tokens_before: float | None  # mean of the kept traces, full
     tokens_after: float | None  # the same traces, pruned
@@ -218,6 +220,9 @@ class Report:
     # binary search asks where it expects the cut: only `exhaustive` gives all positions alike.
     by_position: tuple[tuple[int, float | None], ...]
     non_monotone: float | None  # share of the traces of which every prefix was asked
+    # Of those of them that are monotone: the share that the binary search, given the same answers,
+    # cuts at the same step.
+    binary_agrees: float | None
 
 
 def report(results: Sequence[Pruned], step_tokens: Sequence[Sequence[int]]) -> Report:
@@ -239,12 +244,15 @@ def report(results: Sequence[Pruned], step_tokens: Sequence[Sequence[int]]) -> R
     for result in results:
         for k, valid in result.asked:
             asked[(10 * k - 1) // result.num_steps].append(valid)
-    known = [result.monotone for result in results if result.monotone is not None and result.asked]
+    known = [result for result in results if result.monotone is not None and result.asked]
+    monotone = [result for result in known if result.monotone]
     return Report(
         num_traces=len(results),
         num_kept=len(kept),
         dropped=dict(collections.Counter(r.dropped for r in results if r.dropped is not None)),
         kept_steps=_ratio(sum(r.kept for r, _ in kept), sum(r.num_steps for r, _ in kept)),
+        steps_before=_ratio(sum(r.num_steps for r, _ in kept), len(kept)),
+        steps_after=_ratio(sum(r.kept for r, _ in kept), len(kept)),
         kept_tokens=_ratio(sum(after), sum(before)),
         tokens_before=_ratio(sum(before), len(kept)),
         tokens_after=_ratio(sum(after), len(kept)),
@@ -252,8 +260,18 @@ def report(results: Sequence[Pruned], step_tokens: Sequence[Sequence[int]]) -> R
         questions=sum(len(result.asked) for result in results),
         max_questions=max((len(result.asked) for result in results), default=0),
         by_position=tuple((len(row), _ratio(sum(row), len(row))) for row in asked),
-        non_monotone=_ratio(known.count(False), len(known)),
+        non_monotone=_ratio(len(known) - len(monotone), len(known)),
+        binary_agrees=_ratio(sum(_binary_agrees(r) for r in monotone), len(monotone)),
     )
+
+
+def _binary_agrees(result: Pruned) -> bool:
+    """Whether the binary search cuts where a result with every prefix asked does."""
+    answers = dict(result.asked)
+    (found,) = prune(
+        [("",) * result.num_steps], lambda questions: [answers[kept] for _, kept in questions]
+    )
+    return (found.kept, found.dropped) == (result.kept, result.dropped)
 
 
 def _ratio(a: float, b: float) -> float | None:

@@ -8,6 +8,7 @@ one than the file was made with. So the grid goes on where it stopped, on anothe
 there, only what a missing cell builds on is run again.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -23,14 +24,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxreason.parallel import hosts
 from jaxreason.reasoning import reflect
 from jaxreason.recipes import checkpoints, pipeline, read_traces, study_report
 from jaxreason.recipes.workdir import flatten
-from jaxreason.report.summary import read_lines, write_whole
+from jaxreason.report.summary import read_lines, read_metrics, write_whole
 from jaxreason.train.metrics import Progress
 
 _FROM = re.compile(
-    r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from|solvers|data\.sources\.\w+\.path)"
+    r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from|solvers|data\.teacher"
+    r"|data\.sources\.\w+\.path)"
 )
 _UNASKED = re.compile(r"(run|log|mesh)\..*|name")  # how a cell is executed, not what it finds
 _UNSET = (None, "", (), [], {})
@@ -45,6 +48,7 @@ class Cell:
     facts: dict[str, Any]  # what the report sorts by: arm, scale, size, ...
     config: ConfigDict  # of the pipeline; `init.from` may name other cells
     needs: tuple[str, ...]  # of these
+    of: str  # the evaluation set that is reported
 
     @property
     def updates(self) -> dict[str, int]:
@@ -74,19 +78,23 @@ class Cell:
 
 def plan(config: ConfigDict) -> dict[str, Cell]:
     """{name: cell}, each after those that it needs. Raises ValueError naming what is wrong."""
+    if hosts.several():
+        raise ValueError("a study is run by one process; several may share its cells among them")
     study_report.Layout(**config.study.layout)
     cells = {}
     for name, entry in config.cells.items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"cells has {name!r}; names are of letters, digits, '_' and '-'")
-        cells[name] = Cell(name, entry.facts.to_dict(), entry.config, _needs(config, name))
+        if entry.config.recipe != "pipeline":
+            raise ValueError(
+                f"cells.{name}.config.recipe is {entry.config.recipe!r}; a cell is a pipeline"
+            )
+        _check_set(config, name)
+        cells[name] = Cell(
+            name, entry.facts.to_dict(), entry.config, _needs(config, name), config.study.set
+        )
         cells[name].judged  # noqa: B018
         _check(cells[name])
-        if config.study.set not in entry.config.eval.sets:
-            raise ValueError(
-                f"study.set is {config.study.set!r}; cells.{name}.config.eval.sets has "
-                f"{', '.join(entry.config.eval.sets) or 'none'}"
-            )
     ordered = {}
     while len(ordered) < len(cells):
         ready = [
@@ -99,9 +107,28 @@ def plan(config: ConfigDict) -> dict[str, Cell]:
     return ordered
 
 
+def _check_set(config: ConfigDict, name: str) -> None:
+    """Raises ValueError where a cell's evaluation would not have what is reported."""
+    sets, wanted = config.cells[name].config.eval.sets, config.study.set
+    sampled = [key for key, spec in sets.items() if spec.kind != "text"]
+    if wanted not in sampled:
+        raise ValueError(
+            f"study.set is {wanted!r}; the sampled sets of cells.{name}.config.eval.sets: "
+            f"{', '.join(sampled) or 'none'}"
+        )
+    n, metric = sets[wanted].num_samples, config.study.layout.metric
+    k = 4 if n >= 4 else 1
+    known = (f"avg@{k}", f"pass@{k}", f"maj@{n}")
+    if metric not in known:
+        raise ValueError(
+            f"study.layout.metric is {metric!r}; of {n} samples a problem, as cells.{name} has, "
+            f"there are {', '.join(known)}"
+        )
+
+
 def _needs(config: ConfigDict, name: str) -> tuple[str, ...]:
     """The cells that a cell starts or learns from. Raises ValueError for what there is not."""
-    needs = []
+    needs, own = [], config.cells[name].config.stages
     for key, value in flatten(config.cells[name].config.to_dict()).items():
         for text in _named(key, value):
             other, _, stage = text.partition("@")
@@ -111,7 +138,13 @@ def _needs(config: ConfigDict, name: str) -> tuple[str, ...]:
                 if stage.partition(".")[0] not in known:
                     raise ValueError(f"{where} is {text!r}; {other} has {', '.join(known)}")
                 needs.append(other)
-            elif other and not key.endswith(".path"):
+            elif not other and stage and stage.partition(".")[0] not in own:
+                raise ValueError(f"{where} is {text!r}; the cell has {', '.join(own)}")
+            elif key.endswith((".path", "data.teacher")):
+                if "@" in text and _NAME.fullmatch(other):
+                    known = ", ".join(config.cells)
+                    raise ValueError(f"{where} is {text!r}; there is no such cell among {known}")
+            elif other:
                 try:
                     checkpoints.parse(text)
                 except ValueError as error:
@@ -138,7 +171,7 @@ def asked(cells: dict[str, Cell], name: str) -> str:
         if not _UNASKED.fullmatch(key) and value not in _UNSET
     }
     below = [asked(cells, other) for other in cell.needs]
-    text = json.dumps([found, below], sort_keys=True, default=list)
+    text = json.dumps([found, below, cell.of], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -150,37 +183,67 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     progress.say(
         f"{config.name}: {len(cells)} cells, {len(cells) - len(missing)} of them in {kept}"
     )
+    failed: dict[str, str] = {}
     done: set[str] = set()
     for number, name in enumerate(missing, 1):
         progress.say(f"cell {number} of {len(missing)}: {name}")
-        _run_cell(cells, name, folder, kept, config.study.set, done)
+        _run_cell(cells, name, folder, kept, done, failed)
         _report(config, cells, kept)
     if not missing:
         _report(config, cells, kept)
+    if failed:  # the others are done, and the same command comes back to these
+        raise ValueError("; ".join(f"cells.{name}: {why}" for name, why in failed.items()))
     progress.say(f"done in {time.monotonic() - began:.0f} s: {kept / 'report.md'}")
 
 
 def _run_cell(
-    cells: dict[str, Cell], name: str, folder: pathlib.Path, kept: pathlib.Path, of: str,
+    cells: dict[str, Cell],
+    name: str,
+    folder: pathlib.Path,
+    kept: pathlib.Path,
     done: set[str],
-) -> None:  # fmt: skip
-    """Leaves the cell's file; first runs what it needs and what has no finished workdir here."""
-    if name in done:
+    failed: dict[str, str],
+) -> None:
+    """Leaves the cell's file, after those of what it needs, or says in `failed` why there is none.
+
+    Of what it needs, those that have a file but no finished workdir here are run, too.
+    """
+    if name in done or name in failed:
         return
-    cell = cells[name]
+    cell, workdir = cells[name], folder / name
     for other in cell.needs:
-        _run_cell(cells, other, folder, kept, of, done)
-    workdir, began, used = folder / name, time.monotonic(), time.process_time()
-    pipeline.run(_resolved(cell, folder), workdir)
+        _run_cell(cells, other, folder, kept, done, failed)
+        if other in failed:
+            failed[name] = f"it needs {other}"
+            return
+    with _timed(workdir) as spent:
+        try:
+            pipeline.run(_resolved(cell, folder), workdir)
+        except ValueError as error:
+            failed[name] = str(error)
+            return
     jax.clear_caches()  # the next cell's programs are its own
     if _kept(kept, cells, name) is None:
         facts = {"name": name, "facts": cell.facts, "seed": cell.config.seed,
-                 "asked": asked(cells, name), "jax": jax.__version__,
-                 "seconds": round(time.monotonic() - began, 1),
-                 "cpu_seconds": round(time.process_time() - used, 1)}  # fmt: skip
-        found = facts | findings(cell, workdir, of)
+                 "asked": asked(cells, name), "jax": jax.__version__, **spent}  # fmt: skip
+        found = facts | findings(cell, workdir)
         write_whole(kept / f"{name}.json", json.dumps(found, indent=1) + "\n")
     done.add(name)
+
+
+@contextlib.contextmanager
+def _timed(workdir: pathlib.Path):
+    """{"seconds", "cpu_seconds"}, filled at the end, of all times that a cell was run."""
+    path, total = workdir / "study.json", {}
+    wall, used = time.monotonic(), time.process_time()
+    try:
+        yield total
+    finally:
+        before = json.loads(path.read_text()) if path.exists() else {}
+        now = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - used}
+        total |= {name: round(before.get(name, 0.0) + now[name], 1) for name in now}
+        if (workdir / "config.json").exists():  # a cell that never began leaves nothing
+            write_whole(path, json.dumps(total) + "\n")
 
 
 def _check(cell: Cell) -> None:
@@ -208,6 +271,8 @@ def _resolved(cell: Cell, folder: pathlib.Path | None) -> ConfigDict:
         if folder is None:
             return f"@{rest}"
         below = folder.absolute() / other
+        if key.endswith("data.teacher"):
+            return str(below / "data" / rest)
         return f"{below / 'data' / rest}.jsonl" if key.endswith(".path") else f"{below}@{rest}"
 
     for key, value in flatten(cell.config.to_dict()).items():
@@ -219,17 +284,18 @@ def _resolved(cell: Cell, folder: pathlib.Path | None) -> ConfigDict:
     return config
 
 
-def findings(cell: Cell, workdir: pathlib.Path, of: str) -> dict[str, Any]:
+def findings(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     """What a finished run found on an evaluation set: metrics, traces, cost.
 
     `correct` has a digit a problem, the number of its samples that are right, so that cells can be
-    compared problem by problem.
+    compared problem by problem. `curve` has what `eval.every` found on the way: [[updates, value]]
+    of each metric.
     """
     summary = json.loads((workdir / "summary.json").read_text())
     samples = [
         line
         for line in read_lines(workdir / "samples.jsonl")
-        if line["stage"] == cell.judged and line.get("set") == of
+        if line["stage"] == cell.judged and line.get("set") == cell.of
     ]
     traces = [trace for line in samples for trace in read_traces.traces_of(line)]
     trained = {k: v for k, v in summary["stages"].items() if k in cell.updates}
@@ -238,11 +304,23 @@ def findings(cell: Cell, workdir: pathlib.Path, of: str) -> dict[str, Any]:
         "stages": summary["stages"],
         "updates": sum(cell.updates.values()),
         "tokens": sum(stage["tokens"] for stage in trained.values()),
-        "metrics": summary["evals"][cell.judged][of],
+        "metrics": summary["evals"][cell.judged][cell.of],
         "metrics_samples": len(samples[0]["completions"]),
+        "curve": _curve(cell, workdir),
         "traces": dataclasses.asdict(reflect.summarize(traces)[0]),
         "correct": "".join(str(sum(c["correct"] for c in line["completions"])) for line in samples),
     }
+
+
+def _curve(cell: Cell, workdir: pathlib.Path) -> dict[str, list[list[float]]]:
+    prefix, curve = f"eval/{cell.of}/", {}
+    a_step = cell.updates[cell.judged] / cell.config.stages[cell.judged].train.steps
+    for record in read_metrics(workdir):
+        for name, value in record.items():
+            if record["stage"] == cell.judged and name.startswith(prefix):
+                point = [record["step"] * a_step, value]
+                curve.setdefault(name.removeprefix(prefix), []).append(point)
+    return curve
 
 
 def _kept(kept: pathlib.Path, cells: dict[str, Cell], name: str) -> dict[str, Any] | None:

@@ -73,7 +73,8 @@ def write(folder: pathlib.Path, layout: Layout, found: Sequence[Found], wanted: 
         if layout.x:
             write_whole(folder / "accuracy.svg", _figure(layout, found) + "\n")
             text += ["![accuracy](accuracy.svg)", ""]
-        text += _table(layout, found) + _by_operations(layout, found) + _compared(layout, found)
+        for section in (_table, _compared, _on_the_way, _pruned, _by_operations):
+            text += section(layout, found)
     write_whole(folder / "report.md", "\n".join(text).rstrip() + "\n")
 
 
@@ -93,7 +94,7 @@ def rows(layout: Layout, found: Sequence[Found]) -> list[tuple[dict[str, Any], l
 
 def spread(values: Sequence[float | None], form: str) -> str:
     """Mean and standard deviation (of a sample); - where a cell says nothing."""
-    if any(value is None for value in values):
+    if not values or any(value is None for value in values):
         return _NONE
     mean = format(statistics.fmean(values), form)
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
@@ -110,7 +111,11 @@ def compare(ours: Sequence[Found], over: Sequence[Found]) -> tuple[float, list[f
     samples = {cell["metrics_samples"] for cell in (*ours, *over)}
     sizes = {len(cell["correct"]) for cell in (*ours, *over)}
     if len(samples) != 1 or len(sizes) != 1:
-        raise ValueError(f"cells of {sorted(sizes)} problems and {sorted(samples)} samples of each")
+        names = ", ".join(cell["name"] for cell in (*ours, *over))
+        raise ValueError(
+            f"study.layout.compare: {names} have {sorted(sizes)} problems and {sorted(samples)} "
+            "samples of each; what is compared must be asked the same"
+        )
     right = lambda cells: np.mean([[int(d) for d in cell["correct"]] for cell in cells], axis=0)
     gain_Q = (right(ours) - right(over)) / samples.pop()
     return float(gain_Q.mean()), bootstrap_interval(gain_Q), len(gain_Q)
@@ -154,8 +159,9 @@ def _by_operations(layout: Layout, found: Sequence[Found]) -> list[str]:
         of = lambda n, cells=cells: [g for c in cells if (g := groups(c).get(str(n)))]
         accuracy = [spread([g["accuracy"] for g in of(n)], ".3f") for n in numbers]
         stands = [
-            format(statistics.fmean(1 - g["no_mistake"] / g["num_traces"] for g in of(n)), ".3f")
+            spread([statistics.fmean(values)] if values else [], ".3f")
             for n in numbers
+            for values in [[1 - g["no_mistake"] / g["num_traces"] for g in of(n)]]
         ]
         both = [f"{a}; {s}" for a, s in zip(accuracy, stands, strict=True)]
         lines.append([*(str(facts.get(name, _NONE)) for name in names), *both])
@@ -188,6 +194,54 @@ def _compared(layout: Layout, found: Sequence[Found]) -> list[str]:
     head = ["arm", "over", "at", "gain in accuracy", "95 %", "tokens", "problems"]
     text = "On the same problems, the seeds of each side averaged; the interval is over problems."
     return ["## Compared", "", text, "", *_markdown(head, lines)]
+
+
+def _on_the_way(layout: Layout, found: Sequence[Found]) -> list[str]:
+    """The metric by updates, where `eval.every` asked for it."""
+    points = lambda one: {round(x): y for x, y in one["curve"].get(layout.metric, [])}
+    updates = sorted({x for one in found for x in points(one)})
+    if not updates:
+        return []
+    names, lines = _names(found), []
+    for facts, cells in rows(layout, found):
+        at = [[points(one)[x] for one in cells if x in points(one)] for x in updates]
+        if any(at):
+            lines.append([*(str(facts.get(name, _NONE)) for name in names),
+                          *(spread(values, ".3f") for values in at)])  # fmt: skip
+    head = [*names, *(f"{x} updates" for x in updates)]
+    return ["## On the way", "", "Accuracy of one evaluation.", "", *_markdown(head, lines)]
+
+
+# What pruning says of its traces (reasoning.prune.Report), by the heading of the column.
+_PRUNED = {
+    "traces": ("num_traces", ".0f"), "kept": ("num_kept", ".0f"),
+    "steps before": ("steps_before", ".2f"), "steps after": ("steps_after", ".2f"),
+    "tokens before": ("tokens_before", ".1f"), "tokens after": ("tokens_after", ".1f"),
+    "questions of one": ("max_questions", ".0f"), "not monotone": ("non_monotone", ".1%"),
+    "binary agrees": ("binary_agrees", ".1%"),
+}  # fmt: skip
+
+
+def _pruned(layout: Layout, found: Sequence[Found]) -> list[str]:
+    """Of every stage that pruned: what it kept, and what it asked."""
+    names, lines = _names(found), []
+    for facts, cells in rows(layout, found):
+        stages = [name for name, said in cells[0]["stages"].items() if "kept_steps" in said]
+        for stage in stages:
+            values = [
+                spread([one["stages"][stage].get(key) for one in cells], form)
+                for key, form in _PRUNED.values()
+            ]
+            lines.append([*(str(facts.get(name, _NONE)) for name in names), stage, *values])
+    if not lines:
+        return []
+    text = (
+        "Means of the traces that were kept. Questions: the most that one trace took. Not monotone, "
+        "where every prefix was asked: a longer one was worse. Of the others, how often binary "
+        "search comes to the same cut."
+    )
+    head = [*names, "stage", *_PRUNED]
+    return ["## Pruned traces", "", text, "", *_markdown(head, lines)]
 
 
 def _figure(layout: Layout, found: Sequence[Found]) -> str:

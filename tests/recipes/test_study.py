@@ -55,16 +55,18 @@ class Pretended:
     """pipeline.run, in an instant: the files that a run leaves, and who asked for it."""
 
     def __init__(self):
-        self.ran = []
+        self.ran, self.fails = [], None
 
     def __call__(self, config, folder):
         self.ran.append(folder.name)
         if (folder / "summary.json").exists():
             return
-        (folder / "data").mkdir(parents=True)
+        (folder / "data").mkdir(parents=True, exist_ok=True)
         stage = list(config.stages)[-1]
         starts = config.stages[stage].init["from"]
         assert starts == "random" or pathlib.Path(starts.partition("@")[0], "summary.json").exists()
+        if config.seed == self.fails:
+            raise ValueError("not one trace is kept")
         right = [config.seed % 2 == 0, True]
         line = {
             "stage": stage, "set": "arithmetic", "prompt": "1+2=", "answer": "3", "group": "2",
@@ -113,6 +115,21 @@ def test_the_grid_goes_on_where_it_was(tmp_path, monkeypatch):
     assert not digests & {study.asked(cells, name) for name in cells}
 
 
+def test_a_cell_that_fails_is_named_when_the_others_are_done(tmp_path, monkeypatch):
+    pretended = Pretended()
+    monkeypatch.setattr(pipeline, "run", pretended)
+    config, pretended.fails = grid(tmp_path / "kept"), 3
+    config.cells["a-long"].config.seed = 3
+    config.cells["short-1"].config.stages.sft.init["from"] = "a-long@sft"
+    with pytest.raises(ValueError, match=r"cells\.a-long: not one trace.*short-1: it needs a-long"):
+        study.run(config, tmp_path / "w")
+    assert pretended.ran == ["base", "a-long", "short-0"]
+    assert "2 of 4 cells" in (tmp_path / "kept" / "report.md").read_text()
+    pretended.fails = None
+    study.run(config, tmp_path / "w")
+    assert "4 of 4 cells" in (tmp_path / "kept" / "report.md").read_text()
+
+
 def test_a_cell_learns_from_what_another_left(tmp_path):
     """Two real runs: the second starts from the first's stage, and its file tells what it found."""
     config = grid(tmp_path / "kept")
@@ -132,7 +149,7 @@ def test_a_cell_learns_from_what_another_left(tmp_path):
     [
         (
             lambda c: c.study.update(set="gsm8k"),
-            r"study\.set is 'gsm8k'; cells\.\S+ has arithmetic",
+            r"study\.set is 'gsm8k'; the sampled sets of ",
         ),
         (
             lambda c: c.cells["short-0"].config.stages.sft.init.update({"from": "absent@sft"}),
@@ -143,6 +160,20 @@ def test_a_cell_learns_from_what_another_left(tmp_path):
             r"cells\.a-long needs 'base', which needs it",
         ),
         (lambda c: c.study.layout.update(line=""), r"study\.layout\.line is ''"),
+        (
+            lambda c: c.study.layout.update(metric="avg@8"),
+            r"metric is 'avg@8'; of 8 samples .* there are avg@4, pass@4, maj@8",
+        ),
+        (
+            lambda c: c.cells["short-0"].config.stages.sft.init.update({"from": "@nope"}),
+            r"cells\.short-0\.config\.stages\.sft\.init\.from is '@nope'; the cell has sft",
+        ),
+        (
+            lambda c: c.cells["short-0"].config.stages.sft.data.sources.arithmetic.update(
+                kind="jsonl", path="nope@prune", rendering="", split=""
+            ),
+            r"path is 'nope@prune'; there is no such cell among a-long, base",
+        ),
     ],
 )
 def test_a_grid_that_cannot_run_is_refused_at_once(tmp_path, change, says, monkeypatch):
@@ -162,8 +193,8 @@ def test_an_unknown_key_of_a_cell_is_named():
 
 def cell(arm, correct, seed=0, tokens=10.0):
     return {
-        "facts": {"arm": arm}, "seed": seed, "correct": correct, "metrics_samples": 4,
-        "metrics": {"mean_tokens": tokens},
+        "name": f"{arm}-{seed}", "facts": {"arm": arm}, "seed": seed, "correct": correct,
+        "metrics_samples": 4, "metrics": {"mean_tokens": tokens},
     }  # fmt: skip
 
 
@@ -173,7 +204,7 @@ def test_comparisons_are_by_problem():
     )
     assert number == 4 and gain == pytest.approx((0 + 1 + 0 + 0.75) / 4)
     assert low >= 0 and high <= 1
-    with pytest.raises(ValueError, match="problems"):
+    with pytest.raises(ValueError, match=r"a-0, b-0 have \[2, 3\] problems"):
         study_report.compare([cell("a", "44")], [cell("b", "444")])
 
 
