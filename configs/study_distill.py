@@ -16,8 +16,8 @@ N=1`.
   SCoTD N=1,8,30  N chains of the teacher a question at temperature 1, the right ones kept
                   (2306.14050)
   Fine-tune-CoT   N=8 at temperature 0.7 (2212.10071)
-  curated, random 512 of the chains of `SCoTD N=8`: by s1's rules (what `SCoTD N=1` solves is
-                  dropped, long ones first), or drawn
+  curated, random 128 of the chains of `SCoTD N=8`: by s1's rules (what `SCoTD N=1` or the student
+                  solves is dropped, long ones first), or drawn
   gated, ungated  one chain a question: each token is the teacher's where the student gives it 1 %
                   at least and else the student's own (2509.22230), or the teacher's all along
   logit KD        the teacher's distributions on its chains, forward KL
@@ -66,6 +66,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.seed, config.model = seed, defaults.model_config()
         config.arithmetic.update(num_train=64 if smoke else 1024, train_seed=1)
         config.stages = stages
+        if arm in ("OPD", "RL", "GKD", "MiniLLM"):
+            config.eval.every = 1 if smoke else 5  # how many updates they take
         name = arm.replace(" ", "_").replace("=", "")
         c.cells[f"{name}-{seed}"] = defaults.cell(config, arm=arm)
 
@@ -85,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
     add("Fine-tune-CoT", 0, {"traces": _traces(8, smoke, temperature=0.7), "sft": learn(_kept())})
     add("GKD", 0, {"rl": _on_policy("gkd", 0, smoke)})
     add("MiniLLM", 0, {"rl": _on_policy("minillm", 0, smoke)})
-    for method, solvers in (("s1k", ("SCoTD_N1-0@sft",)), ("random", ())):
+    for method, solvers in (("s1k", ("SCoTD_N1-0@sft", "student@pretrain")), ("random", ())):
         arm = "curated" if method == "s1k" else "random"
         add(
             arm,
@@ -160,9 +162,9 @@ def _traces(num_samples: int, smoke: bool, temperature: float = 1.0) -> dict:
     stage = defaults.traces_config(rows=512)
     stage["init"]["from"] = "teacher@short"
     stage["data"]["sources"] = _prompts()
-    stage["sampling"].update(
-        num_samples=num_samples, temperature=temperature, max_tokens=16 if smoke else 96
-    )
+    stage["sampling"].update(num_samples=num_samples, temperature=temperature, max_tokens=96)
+    if smoke:
+        stage["keep"] = "all"  # its teacher is hardly ever right
     stage["save_every"] = 256
     return stage
 
@@ -185,7 +187,8 @@ def _step_by_step(learn) -> dict:
 
 
 def _curate(method: str, solvers: tuple[str, ...], smoke: bool) -> dict:
-    stage = defaults.curate_config(method=method, solvers=solvers, limit=16 if smoke else 512)
+    stage = defaults.curate_config(method=method, solvers=solvers, limit=4 if smoke else 128)
+    stage["num_samples"] = 0 if smoke else 1
     stage["data"]["sources"] = _kept()
     stage.update(max_tokens=96, rows=512)
     return stage

@@ -22,6 +22,7 @@ ARGUMENTS = {
     "quickstart": ("", "smoke"),
     "pretrain": ("", "smoke", "b200"),
     "sft": ("", "smoke", "hf"),
+    "study_distill": ("", "smoke"),
     "study_pruning": ("", "smoke"),
     "study_valley": ("", "smoke"),
     "traces": ("", "smoke"),

@@ -56,9 +56,9 @@ class Header:
     def __post_init__(self):
         for name in ("k", "chunk", "part_documents"):
             if getattr(self, name) < 1:
-                raise ValueError(f"teacher.{name} is {getattr(self, name)}; it must be 1 or more")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if not self.temperature > 0:
-            raise ValueError(f"teacher.temperature is {self.temperature}; it must be above 0")
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
 
     @property
     def record_bytes(self) -> int:
@@ -168,7 +168,7 @@ def _check_room(
     if size - there > free:
         raise ValueError(
             f"{directory} needs {(size - there) / 1e9:,.3f} GB and the disk has {free / 1e9:,.3f} "
-            "GB; lower teacher.k, take fewer documents or give another folder"
+            "GB; lower k, take fewer documents or another workdir"
         )
 
 

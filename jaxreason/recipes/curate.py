@@ -219,7 +219,7 @@ class Pool:
         return {
             "id": trace_id,
             **({"system": system[0]} if system else {}),
-            "question": next(m.content for m in messages if m.role == "user"),
+            "question": next((m.content for m in messages if m.role == "user"), ""),
             "reasoning": messages[-1].reasoning or "",
             "response": messages[-1].content,
         }
@@ -492,7 +492,8 @@ def _check_left(stage: CurateStage, found: Sequence[Candidate], selection: Selec
     """Raises ValueError where too few are left, or a draw would meet a question twice."""
     limit, left = stage.section.limit, len(selection.kept)
     if left < max(limit, 1):
-        raise ValueError(f"limit is {limit}; {told(_counts(found, selection))}")
+        wanted = f"limit is {limit}; " if limit else "nothing is left: "
+        raise ValueError(f"{wanted}{told(_counts(found, selection))}")
     questions = {found[i].question for i in selection.kept}
     if limit and stage.section.method == "s1k" and len(questions) < left:
         raise ValueError(

@@ -33,7 +33,7 @@ from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Prompt, Sampling
 
 METHODS = (*search.METHODS, "first_correct", "random")
-NO_REASONING = "no reasoning"  # why a record is dropped before any step is looked at
+NO_REASONING = "no question or no reasoning"  # why a record is dropped before any step is looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +138,9 @@ def _chain(
 ) -> Chain | None:
     example = sources_lib.to_example(config, record)
     messages = getattr(example, "messages", ())
-    if not messages or not (messages[-1].reasoning or "").strip():
+    question = next((m.content for m in messages if m.role == "user"), None)
+    if question is None or not (messages[-1].reasoning or "").strip():
         return None
-    question = next(m.content for m in messages if m.role == "user")
     response = messages[-1].content
     field = stage.section.answer_field
     if field and field not in record:

@@ -208,8 +208,8 @@ def _check_rollout(section: ConfigDict, algorithm: Algorithm) -> None:
     if rollout.num_generations < (2 if grouped else 1):
         raise ValueError(
             f"rollout.num_generations is {rollout.num_generations}; the completions of a prompt "
-            "are compared: at least 2 (1 is for train.algorithm = reinforce_pp or ppo with "
-            "rollout.filter_zero_std = false)"
+            "are compared: at least 2 (1 is for train.algorithm = reinforce_pp, ppo, opd, gkd or "
+            "minillm with rollout.filter_zero_std = false)"
         )
     for name in ("num_prompts", "max_tokens", "slots"):
         if rollout[name] < 1:

@@ -236,9 +236,9 @@ def _pruned(layout: Layout, found: Sequence[Found]) -> list[str]:
     if not lines:
         return []
     text = (
-        "Means of the traces that were kept. Questions: the most that one trace took. Not monotone, "
-        "where every prefix was asked: a longer one was worse. Of the others, how often binary "
-        "search comes to the same cut."
+        "Means of the traces that were kept. Questions: the most that one trace took. Not "
+        "monotone, where every prefix was asked: a longer one was worse. Of the others, how often "
+        "binary search comes to the same cut."
     )
     head = [*names, "stage", *_PRUNED]
     return ["## Pruned traces", "", text, "", *_markdown(head, lines)]

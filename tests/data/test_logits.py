@@ -145,7 +145,7 @@ def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(logits.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError) as error:
         write(tmp_path / "s", documents(), each(score), header(), say=said.append)
-    assert "GB and the disk has 0.000 GB; lower teacher.k" in str(error.value)
+    assert "GB and the disk has 0.000 GB; lower k, take fewer" in str(error.value)
     assert "\n" not in str(error.value) and len(said) == 1
     assert not list((tmp_path / "s").glob("part-*"))
     assert "top 16 for 100 documents" in said[0] and "data.sources.x" in said[0]
@@ -184,7 +184,7 @@ def test_what_is_not_the_same_is_one_line(tmp_path):
     assert "documents is 20, not 19" in says(
         lambda: write(tmp_path / "s", found[1:], each(score), header())
     )
-    assert "teacher.k is 0" in says(lambda: header(k=0))
+    assert "k is 0" in says(lambda: header(k=0))
     bad = {
         "have shapes": lambda ids_T: tuple(x_TK[1:] for x_TK in score(ids_T)),
         "are not all 0 or less": lambda ids_T: (score(ids_T)[0], score(ids_T)[1] * np.nan),

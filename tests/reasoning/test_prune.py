@@ -199,7 +199,8 @@ def test_the_report_by_hand():
     whole = prune.report(run(patterns, "exhaustive"), tokens)
     assert whole == prune.Report(
         num_traces=4, num_kept=2, dropped={prune.FULL_NOT_VALID: 1, prune.NO_STEPS: 1},
-        kept_steps=3 / 8, steps_before=4.0, steps_after=1.5, kept_tokens=21 / 84, tokens_before=42.0, tokens_after=10.5, halved=1.0,
+        kept_steps=3 / 8, steps_before=4.0, steps_after=1.5, kept_tokens=21 / 84,
+        tokens_before=42.0, tokens_after=10.5, halved=1.0,
         questions=13, max_questions=5,
         # 1/5 and 1/4 of a trace are in its second and third tenths, and so on.
         by_position=((0, None), (1, 0.0), (2, 0.5), (1, 0.0), (2, 0.5), (1, 0.0), (0, None),
