@@ -188,7 +188,7 @@ def _step_by_step(learn) -> dict:
 
 def _curate(method: str, solvers: tuple[str, ...], smoke: bool) -> dict:
     stage = defaults.curate_config(method=method, solvers=solvers, limit=4 if smoke else 128)
-    stage["num_samples"] = 0 if smoke else 1
+    stage["num_samples"] = 1
     stage["data"]["sources"] = _kept()
     stage.update(max_tokens=96, rows=512)
     return stage
