@@ -121,7 +121,7 @@ def train(
 ) -> tuple[TrainState, float]:
     """Learn to `config.steps`, resuming from the store's newest checkpoint if it has one.
 
-    Returns the final state and the number of sampled tokens learnt over the whole stage.
+    Returns the final state and the number of tokens learnt over the whole stage.
 
     Args:
       key: the stage's PRNG key, of the initial state only; the collector has its own.

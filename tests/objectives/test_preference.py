@@ -312,7 +312,8 @@ def test_adapters_that_add_nothing_yet_are_the_reference():
 
     loss, metrics = run(adapters, frozen)
     assert float(loss) == pytest.approx(np.log(2), rel=1e-6)
-    assert metrics["rewards/margins"] == 0 and metrics["logps/chosen"] < -1
+    # beta times the difference of sums of some tens, which two programs may round apart by an ulp.
+    assert abs(float(metrics["rewards/margins"])) < 1e-6 and metrics["logps/chosen"] < -1
 
 
 @pytest.mark.parametrize(
