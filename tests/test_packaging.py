@@ -80,8 +80,8 @@ def test_shipped_config_loads_and_describes_what_can_be_built(name, arg, monkeyp
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_unknown_argument_is_named_with_the_known_ones(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match=rf"--config={name}:absent: the argument is nothing.*smoke"):
-        launch.load_config(f"{name}:absent")
+    with pytest.raises(ValueError, match=rf"--config={name}:no: the argument is nothing.*smoke"):
+        launch.load_config(f"{name}:no")
 
 
 def test_the_configs_of_the_docs_are_ones_that_work(tmp_path, monkeypatch):
