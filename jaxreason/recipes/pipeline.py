@@ -68,7 +68,9 @@ def stages_of(config: ConfigDict) -> list[Stage]:
     for name, section in config.stages.items():
         with _naming(config, name):
             stages.append(plan_stage(config, name, section))
-    return _in_order(stages)
+    ordered = _in_order(stages)
+    _check_stores(ordered)
+    return ordered
 
 
 def plan_stage(config: ConfigDict, name: str, section: ConfigDict) -> Stage:
@@ -292,6 +294,34 @@ def finish(
 
     hosts.first(write)
     progress.say(f"done in {seconds:.0f} s: {workdir.path / 'report.html'}")
+
+
+def _check_stores(stages: list[Stage]) -> None:
+    """Raises ValueError where a stage reads a store of this run that is of something else.
+
+    A store of another run is looked at when it is opened.
+    """
+    named = {stage.name: stage for stage in stages}
+    for stage in stages:
+        for key, name in _data_of(stage):
+            if key != "data.teacher":
+                continue
+            theirs, where = named[name], f"stages.{stage.name}"
+            own = stage.objective.fields["temperature"]
+            if own != theirs.section.temperature:
+                raise ValueError(
+                    f"{where}.train.distill.temperature is {own}, and stages.{name}.temperature "
+                    f"{theirs.section.temperature}: the log-probs that it reads are at that one"
+                )
+            for field in ("sources", "truncation", "limit"):
+                mine, stored = getattr(stage.data, field), getattr(theirs.data, field)
+                if mine != stored:
+                    key = {"limit": "max_tokens, or length where that is unset,"}.get(field, field)
+                    said = "differ" if field == "sources" else f"is {mine!r}, not {stored!r}"
+                    raise ValueError(
+                        f"{where}.data.{key} {said}: stages.{name}, whose store it reads, must "
+                        "have the same documents"
+                    )
 
 
 def _in_order(stages: list[Stage]) -> list[Stage]:

@@ -105,14 +105,32 @@ def test_a_killed_stage_goes_on_without_gaps_or_duplicates(learnt, tmp_path, mon
     assert run(tmp_path / "run", teacher, arg="topk") == 0
 
 
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        (
+            "train.distill.temperature=1.0",
+            r"temperature is 1\.0, and stages\.topk\.temperature 1\.3",
+        ),
+        ("data.truncation=drop", r"data\.truncation is 'drop', not 'error': stages\.topk"),
+        ("data.sources.a.rendering=short_cot", r"data\.sources differ: stages\.topk"),
+    ],
+)
+def test_a_store_that_will_be_of_something_else_is_refused_at_once(flag, says, tmp_path, capsys):
+    assert run(tmp_path / "run", f"--config.stages.stored.{flag}") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(rf"stages\.stored\.\S*{says}", said), said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_store_at_another_temperature_is_refused(learnt, tmp_path, capsys):
-    flags = [f"--config.stages.topk.init.from={learnt}@teacher",
-             "--config.stages.stored.train.distill.temperature=1.0",
-             "--config.stages.stored.init.from=random", "--config.stages.online.train.steps=1",
-             "--config.stages.teacher.train.steps=1"]  # fmt: skip
+    """One of another run, too, before anything is trained."""
+    flags = [f"--config.stages.stored.data.teacher={learnt}/data/topk",
+             "--config.stages.stored.train.distill.temperature=1.0"]  # fmt: skip
     assert run(tmp_path / "run", *flags) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"stages\.stored: train\.distill\.temperature is 1\.0 and .* at 1\.3", said)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_ids_that_are_no_tokens_are_refused(learnt):
