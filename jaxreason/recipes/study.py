@@ -183,7 +183,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     progress.say(
         f"{config.name}: {len(cells)} cells, {len(cells) - len(missing)} of them in {kept}"
     )
-    failed: dict[str, str] = {}
+    failed: dict[str, str | None] = {}  # None: what it needs failed
     done: set[str] = set()
     for number, name in enumerate(missing, 1):
         progress.say(f"cell {number} of {len(missing)}: {name}")
@@ -192,7 +192,10 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     if not missing:
         _report(config, cells, kept)
     if failed:  # the others are done, and the same command comes back to these
-        raise ValueError("; ".join(f"cells.{name}: {why}" for name, why in failed.items()))
+        own = {name: why for name, why in failed.items() if why is not None}
+        others = len(failed) - len(own)
+        needing = f"; {others} other cells need them" if others else ""
+        raise ValueError("; ".join(f"cells.{name}: {own[name]}" for name in own) + needing)
     progress.say(f"done in {time.monotonic() - began:.0f} s: {kept / 'report.md'}")
 
 
@@ -202,7 +205,7 @@ def _run_cell(
     folder: pathlib.Path,
     kept: pathlib.Path,
     done: set[str],
-    failed: dict[str, str],
+    failed: dict[str, str | None],
 ) -> None:
     """Leaves the cell's file, after those of what it needs, or says in `failed` why there is none.
 
@@ -214,7 +217,7 @@ def _run_cell(
     for other in cell.needs:
         _run_cell(cells, other, folder, kept, done, failed)
         if other in failed:
-            failed[name] = f"it needs {other}"
+            failed[name] = None
             return
     with _timed(workdir) as spent:
         try:
