@@ -31,10 +31,17 @@ scale.
 one core busy. Whichever way, the last run of `study_valley` itself writes the report of all.
 
 Finished cells are docs/study/valley/*.json, and the report is beside them.
+
+`:paper` is the same question at the paper's size, on GPUs: Qwen2.5-Instruct of 0.5B, 1.5B and 3B,
+the arms of configs/long_cot.py on 8k to 220k problems of OpenR1-Math-220k, 8k in the batch of 128k,
+8k and 128k pruned, MATH500 and expressions of 5 to 15 operations, and GRPO (prompts of MATH,
+math/train.jsonl, 1,024 a step) from the model itself, from 8k and from 128k at 0.5B. It has
+not been run; what it takes is estimated in docs/recipes.md.
 """
 
 from ml_collections import ConfigDict
 
+from jaxreason.launch import load_config
 from jaxreason.recipes import defaults
 
 PROMPT = "{expression}="
@@ -48,9 +55,11 @@ RL_MODEL = "tiny"
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    if arg == "paper":
+        return _paper()
     if arg not in ("", "smoke", *MODELS):
         raise ValueError(
-            f"--config=study_valley:{arg}: the argument is nothing, smoke or a model: "
+            f"--config=study_valley:{arg}: the argument is nothing, smoke, paper or a model: "
             f"{', '.join(MODELS)}"
         )
     smoke = arg == "smoke"
@@ -228,3 +237,81 @@ def _rl(start: str, smoke: bool) -> dict:
     stage["train"]["mask_truncated_completions"] = False
     stage["train"]["optimizer"].update(learning_rate=1e-4, warmup_steps=4)
     return stage
+
+
+# --- at the paper's size --------------------------------------------------------------------------
+
+PAPER_MODELS = ("0.5B", "1.5B", "3B")
+PAPER_SCALES = {"8k": 8, "16k": 16, "32k": 32, "64k": 64, "128k": 128, "220k": 220}
+
+
+def _paper() -> ConfigDict:
+    c = defaults.study_config(
+        "study_valley_paper",
+        folder="runs/study_valley_paper/found",
+        title="Through the valley, on mathematics",
+        x="thousands",
+        panel="model",
+    )
+    c.study.set = "math500"
+    for model in PAPER_MODELS:
+        short = model.replace(".", "_")
+        for arm, scale in {**PAPER_SCALES, "8k-large-batch": 8}.items():
+            config = load_config(f"long_cot:{arm}")
+            config.stages.sft.init["from"] = f"hf://Qwen/Qwen2.5-{model}-Instruct"
+            name = "one batch" if arm == "8k-large-batch" else "long"
+            facts = dict(arm=name, model=model, thousands=scale)
+            c.cells[f"{short}-{arm}"] = defaults.cell(config, **facts)
+        for arm in ("8k", "128k"):
+            config = _paper_pruned(f"{short}-{arm}", arm, model)
+            facts = dict(arm="pruned", model=model, thousands=PAPER_SCALES[arm])
+            c.cells[f"{short}-{arm}-pruned"] = defaults.cell(config, **facts)
+    for start in ("hf://Qwen/Qwen2.5-0.5B-Instruct", "0_5B-8k@sft", "0_5B-128k@sft"):
+        name = start.partition("@")[0] if "@" in start else "0_5B-start"
+        facts = dict(arm=f"RL from {name.partition('-')[2]}", model="0.5B")
+        c.cells[f"{name}-rl"] = defaults.cell(_paper_rl(start), **facts)
+    return c
+
+
+def _paper_pruned(of: str, arm: str, model: str) -> ConfigDict:
+    """The traces of a cell, pruned for the model that learnt them, and its training again."""
+    config = load_config(f"long_cot:{arm}")
+    traces = config.stages.sft.data.sources.subset.to_dict()
+    prune = defaults.prune_config(max_tokens=1024)
+    prune["init"]["from"] = f"{of}@sft"
+    prune["data"]["sources"] = {"subset": {**traces, "path": f"{of}@subset"}}
+    prune["rewards"]["accuracy"]["kind"] = "math_verify"
+    sft = config.stages.sft
+    sft.init["from"] = f"hf://Qwen/Qwen2.5-{model}-Instruct"
+    sft.data.sources = {"pruned": {**traces, "name": "pruned", "path": "@prune"}}
+    config.stages = {"prune": prune, "sft": sft}
+    return config
+
+
+def _paper_rl(start: str) -> ConfigDict:
+    """GRPO as in the paper: right or wrong alone, KL 1e-4, 100 steps of 1,024 prompts."""
+    config = load_config("long_cot:8k")
+    stage = defaults.rl_config()
+    stage["init"]["from"] = start
+    problems = defaults.prompts(
+        name="math",
+        path="math/train.jsonl",
+        prompt_template="{problem}\nPlease reason step by step, and put your final answer within "
+        "\\boxed{{}}.",
+        answer_field="answer",
+    )
+    stage["data"]["sources"] = {"math": problems}
+    stage["rewards"]["accuracy"]["kind"] = "math_verify"
+    stage["rollout"].update(
+        num_prompts=1024,
+        num_generations=8,
+        max_tokens=8192,
+        slots=1024,
+        filter_zero_std=False,
+    )
+    stage["train"].update(steps=100, algorithm="grpo", updates=4, length=10_240, rows_multiple=64)
+    stage["train"]["policy"].update(kl="k3", beta=1e-4)
+    stage["train"]["optimizer"].update(learning_rate=5e-7)
+    config.stages = {"rl": stage}
+    config.mesh.microbatches = 8
+    return config

@@ -252,6 +252,8 @@ def _timed(workdir: pathlib.Path):
 def _check(cell: Cell) -> None:
     """Raises ValueError, before any cell is run, for a stage that could not be."""
     config = _resolved(cell, None)
+    if cell.needs and config.chat.template == "checkpoint":
+        config.chat.template = "plain"  # that of another cell, which is not there yet
     for name, section in config.stages.items():
         try:
             pipeline.plan_stage(config, name, section)

@@ -27,6 +27,7 @@ def stage(**changes) -> ConfigDict:
 def config_of(prune_stage) -> ConfigDict:
     """A base that has learnt next to nothing, and three stages that learn from what is pruned."""
     c = launch.load_config("quickstart:smoke")
+    c.model.num_layers = 1
     c.arithmetic.update(num_train=60, num_test=4, review_share=0.7, max_reviews=2)
     base = c.stages.pretrain.copy_and_resolve_references()
     base.train.steps, base.data.examples_per_batch = 2, 32
@@ -57,11 +58,16 @@ class Oracle:
     """A student that answers right as soon as a step comes to the answer."""
 
     asked = 0
+    dies_at = None  # the call, counted from 1, that is the end of its process
 
     def __init__(self, run, stage, reward):
         pass
 
     def is_valid(self, chains, questions):
+        if Oracle.dies_at is not None:
+            Oracle.dies_at -= 1
+            if not Oracle.dies_at:
+                raise KeyboardInterrupt
         Oracle.asked += len(questions)
         return [
             any(step.strip().endswith(f"={chains[i].answer}") for step in chains[i].steps[:kept])
@@ -76,7 +82,17 @@ def scene(monkeypatch):
 
 def test_traces_are_pruned_then_learnt_then_preferred(tmp_path, monkeypatch):
     monkeypatch.setattr(prune, "Student", Oracle)
+    # Killed in its second batch of 16: what the first was asked is kept.
+    monkeypatch.setattr(Oracle, "dies_at", 8)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config_of(stage()), tmp_path)
+    first = read_lines(tmp_path / "data" / "prune.all.jsonl")
+    assert len(first) == 16 and not (tmp_path / "data" / "prune.jsonl").exists()
+    monkeypatch.setattr(Oracle, "dies_at", None)
+    monkeypatch.setattr(Oracle, "asked", 0)
     pipeline.run(config_of(stage()), tmp_path)
+    whole = read_lines(tmp_path / "data" / "prune.all.jsonl")
+    assert whole[:16] == first and Oracle.asked == sum(len(one["asked"]) for one in whole[16:])
     pruned = read_lines(tmp_path / "data" / "prune.jsonl")
     whole = {one["id"]: one for one in read_lines(tmp_path / "data" / "prune.all.jsonl")}
     assert len(pruned) == len(whole) == 40

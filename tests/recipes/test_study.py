@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from jaxreason import launch
-from jaxreason.recipes import assemble, defaults, pipeline, study, study_report
+from jaxreason.recipes import assemble, checkpoints, defaults, pipeline, study, study_report
 from jaxreason.report.summary import read_metrics
 
 LAYOUT = dict(x="expressions", panel="model", compare=(("long", "short"),))
@@ -212,6 +212,24 @@ def test_the_spread_is_over_seeds():
     assert study_report.spread([0.5, 0.7], ".2f") == "0.60 ± 0.14"
     assert study_report.spread([0.5], ".2f") == "0.50"
     assert study_report.spread([None, 1.0], ".2f") == "-"
+
+
+def test_the_study_at_the_papers_size_can_be_planned(monkeypatch):
+    """Without the models, which are the hub's."""
+    real = checkpoints.parse
+    absent = lambda text: real("random") if text.startswith("hf://") else real(text)
+    monkeypatch.setattr(checkpoints, "parse", absent)
+    monkeypatch.setattr(assemble, "device_mesh", lambda mesh: None)
+    config = launch.load_config("study_valley:paper")
+    defaults.check_keys(config)
+    for entry in config.cells.values():
+        entry.config.chat.template = "plain"
+    cells = study.plan(config)
+    assert len(cells) == 30
+    updates = {c.facts["thousands"]: sum(c.updates.values()) for c in cells.values()
+               if c.facts["arm"] == "long"}  # fmt: skip
+    assert updates == {8: 4000, 16: 4000, 32: 4000, 64: 3000, 128: 3000, 220: 3438}
+    assert cells["0_5B-8k-pruned"].needs == cells["0_5B-8k-rl"].needs == ("0_5B-8k",)
 
 
 def test_the_shipped_study_has_the_arms_that_were_declared(monkeypatch):
