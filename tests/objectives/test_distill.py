@@ -189,7 +189,7 @@ def test_adapters_learn_beside_a_teacher():
     [
         (72, {"fsdp": 4, "tensor": 2}),
         pytest.param(56, {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-        (None, {"fsdp": 2, "tensor": 2, "context": 2}),
+        pytest.param(None, {"fsdp": 2, "tensor": 2, "context": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_microbatches_and_eight_devices_change_nothing(rows, shape):

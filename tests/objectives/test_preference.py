@@ -273,6 +273,7 @@ def test_the_trl_cases_are_all_losses():
 # --- the train step -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_microbatches_and_eight_devices_change_nothing():
     """Loss, gradient norm and metrics of a step, the reference in `frozen`: 2 microbatches of 4
     rows on 4 x 2 devices."""

@@ -114,11 +114,8 @@ def check(folder: pathlib.Path, tmp_path: pathlib.Path, objective: str) -> None:
         assert found[0] == pytest.approx(np.log(2), abs=1e-4)
 
 
-def test_a_teacher_of_another_width_and_a_run_that_stopped(folder, tmp_path):
-    check(folder, tmp_path, "distill")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [name for name in CASES if name != "distill"])
+@pytest.mark.parametrize("objective", CASES)
 def test_a_run_that_stopped_ends_bit_equal(folder, tmp_path, objective):
+    """`distill` from a teacher of another width."""
     check(folder, tmp_path, objective)

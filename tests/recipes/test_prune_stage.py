@@ -80,21 +80,24 @@ def scene(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_traces_are_pruned_then_learnt_then_preferred(tmp_path, monkeypatch):
+@pytest.mark.parametrize("learners", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_traces_are_pruned_then_learnt_then_preferred(learners, tmp_path, monkeypatch):
     monkeypatch.setattr(prune, "Student", Oracle)
+    config = config_of(stage())
+    if not learners:
+        del config.stages["sft"], config.stages["dpo"]
     # Killed in its second batch of 16: what the first was asked is kept.
     monkeypatch.setattr(Oracle, "dies_at", 8)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(config_of(stage()), tmp_path)
+        pipeline.run(config, tmp_path)
     first = read_lines(tmp_path / "data" / "prune.all.jsonl")
     assert len(first) == 16 and not (tmp_path / "data" / "prune.jsonl").exists()
     monkeypatch.setattr(Oracle, "dies_at", None)
     monkeypatch.setattr(Oracle, "asked", 0)
-    pipeline.run(config_of(stage()), tmp_path)
-    whole = read_lines(tmp_path / "data" / "prune.all.jsonl")
-    assert whole[:16] == first and Oracle.asked == sum(len(one["asked"]) for one in whole[16:])
-    pruned = read_lines(tmp_path / "data" / "prune.jsonl")
-    whole = {one["id"]: one for one in read_lines(tmp_path / "data" / "prune.all.jsonl")}
+    pipeline.run(config, tmp_path)
+    every = read_lines(tmp_path / "data" / "prune.all.jsonl")
+    assert every[:16] == first and Oracle.asked == sum(len(one["asked"]) for one in every[16:])
+    pruned, whole = check_pruned(tmp_path), {one["id"]: one for one in every}
     assert len(pruned) == len(whole) == 40
     for one in pruned:
         steps = whole[one["id"]]["steps"]
@@ -102,26 +105,33 @@ def test_traces_are_pruned_then_learnt_then_preferred(tmp_path, monkeypatch):
         assert one["kept_steps"] == reached and one["num_steps"] == len(steps)
         assert one["reasoning"] == "".join(steps[:reached]).strip("\n")
         assert one["kept_tokens"] <= one["num_tokens"]
-    marker = json.loads((tmp_path / "stages" / "prune.json").read_text())
-    assert marker["num_kept"] == 40 and marker["student"] == "@pretrain@2"
-    assert 0.3 < marker["kept_tokens"] < 0.8  # reviews are about half of such a trace
-    assert marker["max_questions"] <= 1 + 6  # of at most 60 steps
-    pairs = read_lines(tmp_path / "data" / "prune.pairs.jsonl")
-    assert len(pairs) == marker["pairs"] == sum(o["kept_steps"] < o["num_steps"] for o in pruned)
-    assert all(len(p["chosen"][0]["content"]) < len(p["rejected"][0]["content"]) for p in pairs)
-    records = read_lines(tmp_path / "metrics.jsonl")
-    first = next(r for r in records if r["stage"] == "dpo")
-    # The policy is its own reference at first: no margin, and log 2 beside 0.3 times the NLL.
-    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    assert first["loss"] > 0.693
+    if learners:
+        # The policy is its own reference at first: no margin, and log 2 beside 0.3 times the NLL.
+        records = read_lines(tmp_path / "metrics.jsonl")
+        first = next(r for r in records if r["stage"] == "dpo")
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+        assert first["loss"] > 0.693
 
     # The same command again asks nothing; nor does one that was stopped before the files.
     asked = Oracle.asked
     (tmp_path / "data" / "prune.jsonl").unlink()
     (tmp_path / "stages" / "prune.json").unlink()
-    pipeline.run(config_of(stage()), tmp_path)
+    pipeline.run(config, tmp_path)
     assert Oracle.asked == asked
     assert read_lines(tmp_path / "data" / "prune.jsonl") == pruned
+
+
+def check_pruned(workdir):
+    """What the marker and the pairs say of the pruned traces, which are returned."""
+    pruned = read_lines(workdir / "data" / "prune.jsonl")
+    marker = json.loads((workdir / "stages" / "prune.json").read_text())
+    assert marker["num_kept"] == 40 and marker["student"] == "@pretrain@2"
+    assert 0.3 < marker["kept_tokens"] < 0.8  # reviews are about half of such a trace
+    assert marker["max_questions"] <= 1 + 6  # of at most 60 steps
+    pairs = read_lines(workdir / "data" / "prune.pairs.jsonl")
+    assert len(pairs) == marker["pairs"] == sum(o["kept_steps"] < o["num_steps"] for o in pruned)
+    assert all(len(p["chosen"][0]["content"]) < len(p["rejected"][0]["content"]) for p in pairs)
+    return pruned
 
 
 def test_a_student_that_cannot_answer_keeps_nothing(tmp_path):

@@ -130,6 +130,7 @@ def test_a_cell_that_fails_is_named_when_the_others_are_done(tmp_path, monkeypat
     assert "4 of 4 cells" in (tmp_path / "kept" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_cell_learns_from_what_another_left(tmp_path):
     """Two real runs: the second starts from the first's stage, and its file tells what it found."""
     config = grid(tmp_path / "kept")
