@@ -42,7 +42,7 @@ def test_the_backward_schedules_give_the_reference(case, ordered):
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["added", "ordered"])
-@pytest.mark.parametrize("head_dim", [80, 256])
+@pytest.mark.parametrize("head_dim", [pytest.param(80, marks=pytest.mark.slow), 256])
 def test_the_backward_schedules_of_larger_heads_give_the_reference(head_dim, ordered):
     gradients("packed window", head_dim, ordered)
 

@@ -80,6 +80,7 @@ def test_tokens_are_those_of_xla_on_one_device_and_on_a_mesh(counting, kernel_sh
     assert max(rows) <= CONFIG.slots // 4
 
 
+@pytest.mark.slow
 def test_tokens_of_an_fp8_cache_are_the_same_on_a_mesh_and_in_other_chunks(counting):
     """The model's winners are so clear that rounding keys and values to 3 bits changes none."""
     _, params = counting

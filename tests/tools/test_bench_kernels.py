@@ -118,7 +118,7 @@ def test_what_broke_a_process_before_is_a_row_with_that_reason(bench):
     assert "forward decode" not in noted
 
 
-@pytest.mark.parametrize("rows, full", [(1, True), (3, False)])
+@pytest.mark.parametrize("rows, full", [pytest.param(1, True, marks=pytest.mark.slow), (3, False)])
 def test_single_queries_of_few_rows_without_a_prefix(bench, rows, full):
     case = bench.bench_attention.QueryCase("few", rows, 16, 4, 2, 16, full)
     settings = bench.bench_timing.Settings(1, math.inf, False)
