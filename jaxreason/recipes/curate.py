@@ -492,7 +492,7 @@ def _check_left(stage: CurateStage, found: Sequence[Candidate], selection: Selec
     """Raises ValueError where too few are left, or a draw would meet a question twice."""
     limit, left = stage.section.limit, len(selection.kept)
     if left < max(limit, 1):
-        wanted = f"limit is {limit}; " if limit else "nothing is left: "
+        wanted = f"limit is {limit}; " if limit else ""
         raise ValueError(f"{wanted}{told(_counts(found, selection))}")
     questions = {found[i].question for i in selection.kept}
     if limit and stage.section.method == "s1k" and len(questions) < left:

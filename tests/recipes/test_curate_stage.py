@@ -251,7 +251,7 @@ def test_nothing_left_is_one_line_with_the_counts(base, tmp_path, capsys, monkey
     with pytest.raises(ValueError) as error:
         pipeline.run(alone(section), tmp_path / "run")
     assert str(error.value) == (
-        f"stages.chosen: limit is 0; 0 of 3 traces left (2 too short, 1 solved by {base} dropped)"
+        f"stages.chosen: 0 of 3 traces left (2 too short, 1 solved by {base} dropped)"
     )
     # As a user meets it: exit 2 and one line.
     (tmp_path / "empty.py").write_text(
