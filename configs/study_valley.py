@@ -1,7 +1,7 @@
 """The valley: what few long chains of thought do to a small model, and what many do.
 
-  python -m jaxreason.launch --config=study_valley          about an hour on 2 CPU cores
-  python -m jaxreason.launch --config=study_valley:smoke    the same grid in little, 10 minutes
+  python -m jaxreason.launch --config=study_valley          some two hours on 2 CPU cores
+  python -m jaxreason.launch --config=study_valley:smoke    the same grid in little
 
 After Luo et al. (EMNLP 2025, arXiv 2506.07712): models below 3B lose accuracy when they are tuned
 on 8k long chains, and gain with 128k. There, 8k meant batches of 8 and 128k batches of 128: the
