@@ -148,13 +148,7 @@ def _off_policy(method: str, smoke: bool) -> dict:
         traces["sampling"].update(max_tokens=32 if smoke else 128, num_samples=4 if smoke else 30)
         if smoke:
             traces["keep"] = "all"  # thirty updates make no teacher that is often right
-        kept = defaults.source(
-            name="traces",
-            path="@traces",
-            prompt_field="question",
-            reasoning_field="reasoning",
-            response_field="response",
-        )
+        kept = defaults.kept_source("traces", "traces")
         student = _trained("@start", smoke, steps, kept)
         if smoke:
             student["data"].update(packing="first_fit", examples_per_batch=None)

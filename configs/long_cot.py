@@ -110,13 +110,7 @@ def _arm(
 
 
 def _subset() -> dict:
-    return defaults.source(
-        name="subset",
-        path="@subset",
-        prompt_field="question",
-        reasoning_field="reasoning",
-        response_field="response",
-    )
+    return defaults.kept_source("subset", "subset")
 
 
 def _training(source: dict, problems: int, epochs: int, batch: int, rows: int, length: int) -> dict:

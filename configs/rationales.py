@@ -85,15 +85,7 @@ def _chosen() -> dict:
 
 
 def _kept() -> dict:
-    return {
-        "chosen": defaults.source(
-            name="chosen",
-            path="@chosen",
-            prompt_field="question",
-            reasoning_field="reasoning",
-            response_field="response",
-        )
-    }
+    return {"chosen": defaults.kept_source("chosen", "chosen")}
 
 
 def _student(sources: dict) -> dict:

@@ -135,15 +135,7 @@ def _written(rendering: str) -> dict:
 
 
 def _kept(stage: str = "traces") -> dict:
-    return {
-        "kept": defaults.source(
-            name="kept",
-            path=f"@{stage}",
-            prompt_field="question",
-            reasoning_field="reasoning",
-            response_field="response",
-        )
-    }
+    return {"kept": defaults.kept_source("kept", stage)}
 
 
 def _prompts() -> dict:

@@ -191,13 +191,7 @@ def _stage(rendering: str, start: str, rows: int, length: int, examples: int) ->
 
 def _source(rendering: str) -> dict:
     if rendering == "pruned":
-        return defaults.source(
-            name="pruned",
-            path="@prune",
-            prompt_field="question",
-            reasoning_field="reasoning",
-            response_field="response",
-        )
+        return defaults.kept_source("pruned", "prune")
     return defaults.source(
         name="arithmetic",
         kind="arithmetic",

@@ -75,13 +75,7 @@ def _arithmetic(smoke: bool) -> ConfigDict:
 
 def _kept() -> dict:
     """What the stage `traces` kept, as a source."""
-    return defaults.source(
-        name="traces",
-        path="@traces",
-        prompt_field="question",
-        reasoning_field="reasoning",
-        response_field="response",
-    )
+    return defaults.kept_source("traces", "traces")
 
 
 def _student(smoke: bool, source: dict) -> dict:

@@ -93,15 +93,9 @@ class Distillation(DistillConfig):
     teacher: LanguageModel
 
     def loss(self, model: LanguageModel, params: Params, frozen: Params, batch: Batch) -> Loss:
-        check_teacher(model, self.teacher)
-        rows = batch.tokens_BT, batch.segments_BT, batch.positions_BT
-        known = jax.lax.stop_gradient(frozen["teacher"])
-        teacher_h_BTE = self.teacher.hidden(known, *rows)
-        h_BTD, balance = model.hidden_and_balance(params, *rows)
-        total, sums = model.kl(
-            params, h_BTD, teacher_h_BTE, self.teacher.head_weight(known), batch.targets_BT,
-            batch.weights_BT, self.mix,
-        )  # fmt: skip
+        _, balance, total, sums = divergence(
+            model, params, self.teacher, frozen["teacher"], batch, self.mix
+        )
         return self._loss(model, total, sums, balance)
 
 
@@ -130,6 +124,30 @@ class TopKDistillation(DistillConfig):
             batch.weights_BT, self.mix,
         )  # fmt: skip
         return self._loss(model, total, sums, balance)
+
+
+def divergence(
+    model: LanguageModel,
+    params: Params,
+    teacher: LanguageModel,
+    teacher_params: Params,
+    batch: Batch,
+    mix: Mix,
+) -> tuple[jax.Array, jax.Array | None, jax.Array, DistillSums]:
+    """(h_BTD and load-balancing loss of the model, the summed divergence, what it consists of).
+
+    No gradient reaches the teacher. Raises ValueError as `check_teacher` does.
+    """
+    check_teacher(model, teacher)
+    rows = batch.tokens_BT, batch.segments_BT, batch.positions_BT
+    known = jax.lax.stop_gradient(teacher_params)
+    teacher_h_BTE = teacher.hidden(known, *rows)
+    h_BTD, balance = model.hidden_and_balance(params, *rows)
+    total, sums = model.kl(
+        params, h_BTD, teacher_h_BTE, teacher.head_weight(known), batch.targets_BT,
+        batch.weights_BT, mix,
+    )  # fmt: skip
+    return h_BTD, balance, total, sums
 
 
 def check_teacher(model: LanguageModel, teacher: LanguageModel) -> None:

@@ -18,7 +18,7 @@ import dataclasses
 import jax
 
 from jaxreason.model.decoder import LanguageModel
-from jaxreason.objectives.distill import DistillConfig, check_teacher
+from jaxreason.objectives.distill import DistillConfig, divergence
 from jaxreason.objectives.policy import Algorithm, PolicyGradient
 from jaxreason.types import Loss, Params, PolicyBatch
 
@@ -43,15 +43,9 @@ class OnPolicyDistillation:
         return {**own, "distill": tokens}
 
     def loss(self, model, params: Params, frozen: dict[str, Params], batch: PolicyBatch) -> Loss:
-        check_teacher(model, self.teacher)
-        rows = batch.tokens_BT, batch.segments_BT, batch.positions_BT
-        known = jax.lax.stop_gradient(frozen["teacher"])
-        teacher_h_BTE = self.teacher.hidden(known, *rows)
-        h_BTD, balance = model.hidden_and_balance(params, *rows)
-        total, sums = model.kl(
-            params, h_BTD, teacher_h_BTE, self.teacher.head_weight(known), batch.targets_BT,
-            batch.weights_BT, self.distill.mix,
-        )  # fmt: skip
+        h_BTD, balance, total, sums = divergence(
+            model, params, self.teacher, frozen["teacher"], batch, self.distill.mix
+        )
         if self.policy is not None:
             loss = self.policy.loss_of(model, params, h_BTD, balance, batch)
             terms, metrics = loss.terms, loss.metrics

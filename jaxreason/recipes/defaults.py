@@ -457,6 +457,17 @@ def source(**fields) -> dict:
     return dataclasses.asdict(SourceConfig(**fields))
 
 
+def kept_source(name: str, stage: str) -> dict:
+    """One entry of `data.sources`: what a stage of kind traces, prune or curate kept."""
+    return source(
+        name=name,
+        path=f"@{stage}",
+        prompt_field="question",
+        reasoning_field="reasoning",
+        response_field="response",
+    )
+
+
 def arithmetic_eval(**changes) -> dict:
     """An entry of `eval.sets`: held-out expressions, sampled and graded."""
     return {
