@@ -49,9 +49,10 @@ MODELS = {
     "mini": dict(num_layers=3, embed_dim=96, mlp_dim=288, num_heads=3, num_kv_heads=1),
     "tiny": {},
 }
-SCALES = (96, 384, 1536, 6144)
+SCALES = (96, 384, 1536, 3072)
+BEYOND = 6144
 UPDATES, EPOCHS, ONE_BATCH = 96, 2, 32
-RL_MODEL = "tiny"
+RL_MODEL = "mini"
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -70,14 +71,22 @@ def get_config(arg: str = "") -> ConfigDict:
         x="expressions",
         panel="model",
         line="arm",
+        compare=(
+            ("one batch", "long"),
+            ("a tenth of the rate", "long"),
+            ("pruned", "long"),
+            ("RL from start", "start"),
+            (f"RL from long {SCALES[0]}", "RL from start"),
+            (f"RL from long {SCALES[-1]}", "RL from start"),
+        ),
     )
     scales, updates = ((8, 32), 2) if smoke else (SCALES, UPDATES)
     one_batch = 8 if smoke else ONE_BATCH
     for model in (arg,) if arg in MODELS else MODELS:
         start = f"{model}-start"
         c.cells[start] = defaults.cell(_start(model, smoke), model=model, arm="start")
-        for scale in scales:
-            ends = scale in (scales[0], scales[-1])
+        for scale in scales if smoke else (*scales, BEYOND):
+            ends = scale in (scales[0], scales[-1], BEYOND)
             for seed in range(3 if ends and not smoke else 1):
                 facts = dict(model=model, expressions=scale)
                 name = f"{model}-%s-{scale}-{seed}"
@@ -85,23 +94,30 @@ def get_config(arg: str = "") -> ConfigDict:
                 make = lambda *stages, scale=scale, seed=seed: _cell(
                     scale, seed, seed + 1, smoke, dict(stages)
                 )
-                for arm, rendering in (("long", "long_cot"), ("short", "short_cot")):
-                    stage = _sft(rendering, f"{start}@short", scale, batch)
-                    c.cells[name % arm] = defaults.cell(make(("sft", stage)), arm=arm, **facts)
-                if not ends:
+                arms = {
+                    "long": _sft("long_cot", f"{start}@short", scale, batch),
+                    "short": _sft("short_cot", f"{start}@short", scale, batch),
+                }
+                if ends:
+                    arms |= {
+                        "one batch": _sft("long_cot", f"{start}@short", scale, one_batch),
+                        "a tenth of the rate": _sft(
+                            "long_cot", f"{start}@short", scale, batch, 0.1
+                        ),
+                        "base": _sft("long_cot", f"{start}@pretrain", scale, batch),
+                    }
+                for arm, stage in arms.items():
+                    if scale == BEYOND and arm not in ("long", "one batch"):
+                        continue
+                    cell = defaults.cell(make(("sft", stage)), arm=arm, **facts)
+                    c.cells[name % arm.replace(" ", "_")] = cell
+                if not ends or scale == BEYOND:
                     continue
                 prune = _prune(f"{model}-long-{scales[-1]}-{seed}@sft")
                 pruned = _sft("pruned", f"{start}@short", scale, batch)
                 c.cells[name % "pruned"] = defaults.cell(
                     make(("prune", prune), ("sft", pruned)), arm="pruned", **facts
                 )
-                for arm, source, size in (
-                    ("one_batch", f"{start}@short", one_batch),
-                    ("base", f"{start}@pretrain", batch),
-                ):
-                    stage = _sft("long_cot", source, scale, size)
-                    named = arm.replace("_", " ")
-                    c.cells[name % arm] = defaults.cell(make(("sft", stage)), arm=named, **facts)
     for arm, source in (
         ()
         if arg not in ("", "smoke", RL_MODEL)
@@ -164,14 +180,17 @@ def _start(model: str, smoke: bool) -> ConfigDict:
     return c
 
 
-def _sft(rendering: str, start: str, scale: int, batch: int) -> dict:
+def _sft(rendering: str, start: str, scale: int, batch: int, rate: float = 1.0) -> dict:
     """EPOCHS over the data; the learning rate is the same at every scale, as in the paper."""
     # A long chain has 78 tokens on average and 210 at most, a short one 36.
     rows = -(-batch * (40 if rendering == "short_cot" else 85) // 224) + 3
     stage = _stage(rendering, start, rows=rows, length=224, examples=batch)
     updates = stage["train"]["steps"] = scale * EPOCHS // batch
     stage["train"]["optimizer"].update(
-        name="muon", learning_rate=6e-3, weight_decay=0.0, warmup_steps=min(6, updates // 2)
+        name="muon",
+        learning_rate=6e-3 * rate,
+        weight_decay=0.0,
+        warmup_steps=min(6, updates // 2),
     )
     return stage
 
@@ -222,10 +241,10 @@ def _rl(start: str, smoke: bool) -> dict:
         )
     }
     stage["rollout"].update(
-        num_prompts=64, num_generations=8, max_tokens=224, slots=512, temperature=0.7
+        num_prompts=32, num_generations=8, max_tokens=224, slots=256, temperature=0.7
     )
     stage["train"].update(
-        steps=2 if smoke else 15, algorithm="dapo", updates=2, length=256, rows_multiple=16
+        steps=2 if smoke else 12, algorithm="dapo", updates=2, length=256, rows_multiple=16
     )
     # A chain that runs into the limit has lost its way, and learns so.
     stage["train"]["mask_truncated_completions"] = False
