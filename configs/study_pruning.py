@@ -5,8 +5,9 @@
 
 After Efficient Long CoT (arXiv 2505.18440), on the arithmetic of study_valley: of the long chains
 half end in a review of all steps, three steps of ten are checked, one of ten is first wrong. The
-`tiny` model taught by short chains learns 6,144 such chains (`full`), and is then asked itself,
-by binary search, how much of each it needs. From the same start, in as many updates:
+`tiny` model taught by short chains learns 3,072 such chains (`full`), two epochs in batches of 32
+(which study_valley found better than larger ones), and is then asked itself, by binary search, how
+much of each it needs. From the same start, in as many updates:
 
   pruned         the chains cut so
   first correct  cut after the first step that names the answer (the paper's baseline)
@@ -31,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"--config=study_pruning:{arg}: the argument is nothing or smoke")
     smoke = arg == "smoke"
     valley = load_config(f"study_valley:{arg}")
-    scale = 32 if smoke else 6144
+    scale = 32 if smoke else 3072
     c = defaults.study_config(
         "study_pruning" + ("_smoke" if smoke else ""),
         folder="runs/study_pruning_smoke" if smoke else "docs/study/pruning",
@@ -41,11 +42,12 @@ def get_config(arg: str = "") -> ConfigDict:
     )  # fmt: skip
     c.cells["start"] = valley.cells["tiny-start"]
     for seed in range(1 if smoke else SEEDS):
-        base = valley.cells[f"tiny-pruned-{scale}-{0 if smoke else seed}"].config
-        stage, prune = base.stages.sft.to_dict(), base.stages.prune.to_dict()
-        stage["init"]["from"] = "start@short"
-        stage["train"]["steps"] = 2 if smoke else 2 * scale // 128  # 2 epochs
+        base = valley.cells[f"tiny-pruned-{scale}-{seed}"].config
+        prune = base.stages.prune.to_dict()
         prune["init"]["from"] = f"full-{seed}@sft"
+        full = valley.cells[f"tiny-one_batch-{scale}-{seed}"].config.stages.sft.to_dict()
+        full["init"]["from"] = "start@short"
+        stage = {**full, "data": {**full["data"], "sources": base.stages.sft.data.sources}}
 
         def cell(arm: str, base=base, seed=seed, **stages) -> dict:
             config = base.copy_and_resolve_references()
@@ -57,12 +59,10 @@ def get_config(arg: str = "") -> ConfigDict:
             config.stages = stages
             return defaults.cell(config, arm=arm)
 
-        long = ConfigDict(stage)
-        long.data.sources = {"arithmetic": prune["data"]["sources"]["arithmetic"]}
         every = ConfigDict(prune)
         every.update({"method": "exhaustive", "init": {"from": "@sft"}})
         every.data.limit = 40 if smoke else 200
-        c.cells[f"full-{seed}"] = cell("full", sft=long, exhaustive=every)
+        c.cells[f"full-{seed}"] = cell("full", sft=full, exhaustive=every)
         for arm, method in (
             ("pruned", "binary"),
             ("first correct", "first_correct"),

@@ -238,11 +238,12 @@ def test_the_shipped_study_has_the_arms_that_were_declared(monkeypatch):
     config = launch.load_config("study_valley")
     defaults.check_keys(config)
     cells = study.plan(config)
-    assert len(cells) == 73
+    assert len(cells) == 97
     long = [c for c in cells.values() if c.facts["arm"] == "long"]
     assert {sum(c.updates.values()) for c in long} == {96}  # the paper's rule
-    scales = {c.facts["expressions"] for c in long}
-    assert len(scales) == 4 and max(scales) == 64 * min(scales)
+    scales = sorted({c.facts["expressions"] for c in long})
+    *grid, beyond = scales
+    assert len(grid) == 4 and grid[-1] == 32 * grid[0] and beyond == 2 * grid[-1]
     one = {c.facts["expressions"]: sum(c.updates.values()) for c in cells.values()
            if c.facts["arm"] == "one batch"}  # fmt: skip
-    assert one == {96: 6, 6144: 384}
+    assert one == {96: 6, 3072: 192, 6144: 384}
