@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -131,6 +132,30 @@ def test_a_store_at_another_temperature_is_refused(learnt, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"stages\.stored: train\.distill\.temperature is 1\.0 and .* at 1\.3", said)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_teacher_of_other_tokens_is_refused(learnt, tmp_path, capsys):
+    """By what its ids say; where no tokenizer lies beside it, by how many its head has."""
+    words = "\n".join(json.dumps({"text": f"{n} plus {n * 7} is {n * 8}"}) for n in range(200))
+    (tmp_path / "words.jsonl").write_text(words)
+    teacher = "--config.stages.online.train.teacher.from="
+    other = ["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.vocab_size=284",
+             "--config.model.vocab_size=288",
+             f"--config.tokenizer.path={tmp_path / 'words.jsonl'}"]  # fmt: skip
+    small = shutil.copytree(learnt, tmp_path / "small")
+    shutil.rmtree(small / "tokenizer")
+    saved = json.loads((small / "config.json").read_text())
+    saved["architecture"]["vocab_size"] = 200
+    (small / "config.json").write_text(json.dumps(saved))
+    for start, flags, says in (
+        (learnt, other, r"other tokens than this run's \(id 0 is '.*' there and '.*' here\)"),
+        (small, [], r"whose head has 200 tokens and this run's tokenizer 261"),
+    ):
+        assert run(tmp_path / "run", f"{teacher}{start}@teacher", *flags) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(rf"train\.teacher\.from is .*{says}", said), said
+        assert not (tmp_path / "run/checkpoints").exists()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 def test_ids_that_are_no_tokens_are_refused(learnt):
