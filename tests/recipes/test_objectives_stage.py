@@ -22,8 +22,8 @@ LORA = {"rank": 2, "alpha": 4.0}
 STEPS = 4
 # Of adapters one that reads a reference, whose parameters are the adapters' base too.
 CASES = {
-    "step_by_step": {}, "distill": {}, "dpo": {"lora": LORA}, "ipo": {}, "orpo": {}, "simpo": {},
-    "pruning": {},
+    "step_by_step": {}, "distill": {}, "distill_topk": {}, "dpo": {"lora": LORA},
+    "ipo": {}, "orpo": {}, "simpo": {}, "pruning": {},
 }  # fmt: skip
 
 
@@ -63,6 +63,11 @@ def config(folder: pathlib.Path, objective: str, **train) -> ConfigDict:
     c.stages.tuned.train.update(train)
     if objective == "distill":
         c.stages.tuned.train.teacher["from"] = f"{folder / 'teacher'}@base"
+    if objective == "distill_topk":
+        c.stages.topk = defaults.topk_config(k=8, part_documents=16, rows=4)
+        c.stages.topk.init["from"] = f"{folder / 'teacher'}@base"
+        c.stages.topk.data.update(sources=c.stages.tuned.data.sources, rows=4, length=64)
+        c.stages.tuned.data.teacher = "@topk"
     return c
 
 
@@ -75,7 +80,7 @@ def stage(folder: pathlib.Path, objective: str, steps: int) -> ConfigDict:
             "label": source("label", response_field="a", task="label"),
             "rationale": source("rationale", response_field="why", task="rationale"),
         }
-    elif objective in ("lm", "distill"):
+    elif objective in ("lm", "distill", "distill_topk"):
         sources = {"sums": source("sums", response_field="a")}
     else:
         sources = {"pairs": source("pairs", chosen_field="a", rejected_field="bad")}
