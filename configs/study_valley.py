@@ -1,6 +1,6 @@
 """The valley: what few long chains of thought do to a small model, and what many do.
 
-  python -m jaxreason.launch --config=study_valley          some two hours on 2 CPU cores
+  python -m jaxreason.launch --config=study_valley          under 90 minutes on 2 CPU cores
   python -m jaxreason.launch --config=study_valley:smoke    the same grid in little
 
 After Luo et al. (EMNLP 2025, arXiv 2506.07712): models below 3B lose accuracy when they are tuned
@@ -17,10 +17,13 @@ expressions that it has not seen, 2 epochs (the paper's at its largest scale; 4 
   short     the chains of the start, on the same expressions
   pruned    the long chains, each cut to the shortest prefix from which the model that learnt the
             most long chains of that seed answers right (arXiv 2505.18440)
-  one batch the long chains, in batches of 32 at every scale
+  one batch the long chains, in batches of 32 at every scale: 6 updates at the smallest, 192 at the
+            largest
+  a tenth of the rate  the long chains as in `long`, more gently
   base      the long chains from the pretrained model, which has seen no chain: another question
 
-at scales of 96 expressions to 6,144, in batches of scale / 48, which is 96 updates at every scale.
+at scales of 96 expressions to 3,072, in batches of scale / 48, which is 96 updates at every scale.
+Beyond this grid, whose runs take 90 seconds at most, `long` and `one batch` have 6,144 too.
 The learning rate is the start's own at every scale; half of it, and AdamW at 1e-3, taught less
 (mini, one seed, 4 epochs of 4,096 long chains: 0.53, 0.41 and 0.27). The seeds differ in the
 expressions drawn and in their order; the 400 test expressions stay. Then reinforcement learning,
