@@ -27,7 +27,7 @@ Beyond this grid, whose runs take 90 seconds at most, `long` and `one batch` hav
 The learning rate is the start's own at every scale; half of it, and AdamW at 1e-3, taught less
 (mini, one seed, 4 epochs of 4,096 long chains: 0.53, 0.41 and 0.27). The seeds differ in the
 expressions drawn and in their order; the 400 test expressions stay. Then reinforcement learning,
-the same for each, from the start and from the long chains of the smallest and of the largest
+the same for each (mini), from the start and from the long chains of the smallest and of the largest
 scale.
 
 `:mini` and `:tiny` are halves of the grid, for two processes side by side: such small products keep
@@ -94,33 +94,24 @@ def get_config(arg: str = "") -> ConfigDict:
                 facts = dict(model=model, expressions=scale)
                 name = f"{model}-%s-{scale}-{seed}"
                 batch = scale * EPOCHS // updates
-                make = lambda *stages, scale=scale, seed=seed: _cell(
-                    scale, seed, seed + 1, smoke, dict(stages)
-                )
-                arms = {
-                    "long": _sft("long_cot", f"{start}@short", scale, batch),
-                    "short": _sft("short_cot", f"{start}@short", scale, batch),
-                }
+                short, in_grid = f"{start}@short", scale != BEYOND
+                arms = {"long": {"sft": _sft("long_cot", short, scale, batch)}}
+                if in_grid:
+                    arms["short"] = {"sft": _sft("short_cot", short, scale, batch)}
                 if ends:
-                    arms |= {
-                        "one batch": _sft("long_cot", f"{start}@short", scale, one_batch),
-                        "a tenth of the rate": _sft(
-                            "long_cot", f"{start}@short", scale, batch, 0.1
-                        ),
-                        "base": _sft("long_cot", f"{start}@pretrain", scale, batch),
+                    arms["one batch"] = {"sft": _sft("long_cot", short, scale, one_batch)}
+                if ends and in_grid:
+                    gentle = _sft("long_cot", short, scale, batch, rate=0.1)
+                    arms["a tenth of the rate"] = {"sft": gentle}
+                    arms["base"] = {"sft": _sft("long_cot", f"{start}@pretrain", scale, batch)}
+                    arms["pruned"] = {
+                        "prune": _prune(f"{model}-long-{scales[-1]}-{seed}@sft"),
+                        "sft": _sft("pruned", short, scale, batch),
                     }
-                for arm, stage in arms.items():
-                    if scale == BEYOND and arm not in ("long", "one batch"):
-                        continue
-                    cell = defaults.cell(make(("sft", stage)), arm=arm, **facts)
+                for arm, stages in arms.items():
+                    config = _cell(scale, seed, seed + 1, smoke, stages)
+                    cell = defaults.cell(config, arm=arm, **facts)
                     c.cells[name % arm.replace(" ", "_")] = cell
-                if not ends or scale == BEYOND:
-                    continue
-                prune = _prune(f"{model}-long-{scales[-1]}-{seed}@sft")
-                pruned = _sft("pruned", f"{start}@short", scale, batch)
-                c.cells[name % "pruned"] = defaults.cell(
-                    make(("prune", prune), ("sft", pruned)), arm="pruned", **facts
-                )
     for arm, source in (
         ()
         if arg not in ("", "smoke", RL_MODEL)
