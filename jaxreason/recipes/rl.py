@@ -148,6 +148,12 @@ def _algorithm(training: ConfigDict, rollout: ConfigDict) -> Algorithm:
     preset = PRESETS[training.algorithm]
     given = lambda section: {key: value for key, value in section.items() if value is not None}
     own, plain = given(training.policy), PolicyGradient()
+    advantage = dataclasses.replace(preset.advantage, **given(training.advantage))
+    for switch, value in own.items() if advantage.estimator == "none" else ():
+        raise ValueError(
+            f"train.policy.{switch} is {value!r}, and train.advantage.estimator none, as of gkd, "
+            "leaves no policy gradient to read it: leave it out"
+        )
     dropped = {
         number: getattr(plain, number)
         for number, (switch, choices) in _READ_BY.items()
@@ -157,7 +163,7 @@ def _algorithm(training: ConfigDict, rollout: ConfigDict) -> Algorithm:
     distill = _distilled(preset, given(training.distill), rollout.temperature)
     return Algorithm(
         policy=dataclasses.replace(preset.policy, **dropped | own | limits),
-        advantage=dataclasses.replace(preset.advantage, **given(training.advantage)),
+        advantage=advantage,
         teacher=_taught(training, preset, distill, given(training.teacher)),
         distill=distill,
         lmbda=preset.lmbda if rollout.lmbda is None else rollout.lmbda,

@@ -99,6 +99,8 @@ def test_steps_that_do_not_sample_want_answers(monkeypatch):
         plan(monkeypatch, **GKD, **ANSWERS, **{"train.entropy_coef": "0.1"})
     with pytest.raises(ValueError, match=r"filter_zero_std is true and .*estimator none"):
         plan(monkeypatch, **{**GKD, "rollout.filter_zero_std": "true"}, **ANSWERS)
+    with pytest.raises(ValueError, match=r"policy\.epsilon is 0\.1, .* no policy gradient to read"):
+        plan(monkeypatch, **GKD, **ANSWERS, **{"train.policy.epsilon": "0.1"})
 
 
 def test_an_answer_too_long_for_a_row_is_found_in_the_data(monkeypatch, tmp_path):
