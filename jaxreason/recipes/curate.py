@@ -231,22 +231,24 @@ class Pool:
 
     def _candidate(self, trace_id: str) -> Candidate:
         section, (record, messages) = self._stage.section, self._read(trace_id)
-        fields = (section.domain_field, section.correct_field, section.answer_field)
-        for key, field in zip(("domain_field", "correct_field", "answer_field"), fields):
-            if field and field not in record:
-                raise ValueError(f"{key} is {field!r}; {trace_id} has {', '.join(record)}")
+        keys = ("domain_field", "correct_field", "answer_field")
+        missing = [
+            f"{key} is {section[key]!r}; the record has {', '.join(record)}"
+            for key in keys
+            if section[key] and section[key] not in record
+        ]
         last = messages[-1]
         tokens = len(self._tokenizer.encode(last.reasoning or ""))
-        domain, correct, answer = fields
+        domain, correct, answer = (section[key] for key in keys)
         return Candidate(
             id=trace_id,
             question=next((m.content for m in messages if m.role == "user"), ""),
             text="",
             num_tokens=tokens,
-            domain=str(record[domain]) if domain else "",
-            correct=is_true(record, [correct], 0) if correct else None,
-            answer=str(record[answer] if answer else last.content),
-            fault=_fault(section.quality, record, messages, tokens),
+            domain=str(record.get(domain, "")),
+            correct=is_true(record, [correct], 0) if correct in record else None,
+            answer=str(record.get(answer, last.content)),
+            fault=missing[0] if missing else _fault(section.quality, record, messages, tokens),
         )
 
 

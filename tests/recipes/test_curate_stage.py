@@ -170,6 +170,16 @@ def test_malformed_records_are_quarantined_and_counted(tmp_path):
     assert [q["line"] for q in read_lines(tmp_path / "run/data/quarantine.jsonl")] == [2, 4]
 
 
+def test_a_record_without_a_field_that_is_read_is_dropped_and_says_so(tmp_path):
+    without = {key: value for key, value in record("b").items() if key != "field"}
+    section = stage(tmp_path, [record("a"), without], domain_field="field")
+    pipeline.run(alone(section), tmp_path / "run")
+    kept, dropped, _ = outcome(tmp_path / "run")
+    assert [one["question"] for one in kept] == ["a"]
+    (reason,) = {one["reason"] for one in dropped}
+    assert reason.startswith("domain_field is 'field'; the record has question, reasoning")
+
+
 def test_random_is_a_draw_of_the_same_size(tmp_path):
     records = [record(f"question {i}", 3 + i) for i in range(30)]
     section = stage(tmp_path, records, method="random", limit=10)
@@ -278,7 +288,7 @@ def test_nothing_left_is_one_line_with_the_counts(base, tmp_path, capsys, monkey
     [
         (dict(limit=9), r"limit is 9; 3 of 3 traces left \(none dropped\)"),
         (dict(limit=2), r"limit is 2, and 3 traces are of 2 questions; s1k draws questions"),
-        (dict(domain_field="msc"), r"domain_field is 'msc'; mine/0 has question, reasoning"),
+        (dict(domain_field="msc"), r"none of the first 3 .*domain_field is 'msc'; the record has"),
         (dict(held_out=dict(path="gone.jsonl")), r"held_out\.path is 'gone\.jsonl'; no such file"),
     ],
 )
