@@ -19,12 +19,15 @@ N=1`.
   curated, random 128 of the chains of `SCoTD N=8`: by s1's rules (what `SCoTD N=1` or the student
                   solves is dropped, long ones first), or drawn
   gated, ungated  one chain a question: each token is the teacher's where the student gives it 1 %
-                  at least and else the student's own (2509.22230), or the teacher's all along
+                  at least and else the student's own (2509.22230), or the teacher's all along,
+                  which is SCoTD N=1
   logit KD        the teacher's distributions on its chains, forward KL
   GKD             those on the student's own samples in half of the steps, JSD (2306.13649)
   MiniLLM         reverse KL of whole samples (2306.08543)
   OPD             the teacher's log-probs of the student's own tokens as advantages
-  RL              no teacher: right or wrong, DAPO
+  RL              no teacher: right or wrong, DAPO, at 1e-4 where OPD, GKD and MiniLLM have 3e-4
+                  and with 8 samples a prompt where they have 4
+  OPD 1e-4, RL 3e-4    each at the other's rate
   LFM             3 epochs of all chains of N=30 at twice the rate, then RL on what is solved 20 to
                   80 % of the time, shorter answers first
 
@@ -51,7 +54,8 @@ def get_config(arg: str = "") -> ConfigDict:
         title="Ways to distil, on arithmetic",
         compare=(
             ("step by step", "label only"), ("SCoTD N=8", "SCoTD N=1"), ("SCoTD N=30", "SCoTD N=8"),
-            ("curated", "random"), ("gated", "ungated"), ("OPD", "RL"), ("GKD", "OPD"),
+            ("curated", "random"), ("gated", "ungated"), ("OPD", "RL"), ("OPD 1e-4", "RL"),
+            ("OPD", "RL 3e-4"), ("GKD", "OPD"),
             ("MiniLLM", "OPD"), ("logit KD", "SCoTD N=30"),
         ),
     )  # fmt: skip
@@ -66,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.seed, config.model = seed, defaults.model_config()
         config.arithmetic.update(num_train=64 if smoke else 1024, train_seed=1)
         config.stages = stages
-        if arm in ("OPD", "RL", "GKD", "MiniLLM"):
+        if "rl" in stages and "traces" not in stages:
             config.eval.every = 1 if smoke else 5  # how many updates they take
         name = arm.replace(" ", "_").replace("=", "")
         c.cells[f"{name}-{seed}"] = defaults.cell(config, arm=arm)
@@ -85,6 +89,8 @@ def get_config(arg: str = "") -> ConfigDict:
         add("RL", seed, {"rl": _on_policy("dapo", seed, smoke)})
     add("SCoTD N=8", 0, traces | {"sft": learn(_kept())})
     add("Fine-tune-CoT", 0, {"traces": _traces(8, smoke, temperature=0.7), "sft": learn(_kept())})
+    add("OPD 1e-4", 0, {"rl": _on_policy("opd", 0, smoke, rate=1e-4)})
+    add("RL 3e-4", 0, {"rl": _on_policy("dapo", 0, smoke, rate=3e-4)})
     add("GKD", 0, {"rl": _on_policy("gkd", 0, smoke)})
     add("MiniLLM", 0, {"rl": _on_policy("minillm", 0, smoke)})
     for method, solvers in (("s1k", ("SCoTD_N1-0@sft", "student@pretrain")), ("random", ())):
@@ -186,7 +192,7 @@ def _curate(method: str, solvers: tuple[str, ...], smoke: bool) -> dict:
     return stage
 
 
-def _on_policy(algorithm: str, seed: int, smoke: bool) -> dict:
+def _on_policy(algorithm: str, seed: int, smoke: bool, rate: float = 0.0) -> dict:
     """20 steps of 64 prompts: 8 samples each for RL, which compares them, else 4."""
     stage = defaults.rl_config()
     stage["init"]["from"] = f"SCoTD_N1-{seed}@sft"
@@ -204,7 +210,7 @@ def _on_policy(algorithm: str, seed: int, smoke: bool) -> dict:
     )
     stage["train"]["mask_truncated_completions"] = False
     stage["train"]["optimizer"].update(
-        learning_rate=1e-4 if algorithm == "dapo" else 3e-4, warmup_steps=2
+        learning_rate=rate or (1e-4 if algorithm == "dapo" else 3e-4), warmup_steps=2
     )
     if algorithm != "dapo":
         stage["train"]["teacher"]["from"] = "teacher@short"
