@@ -125,6 +125,8 @@ def _sft(start: ConfigDict, sources: dict, smoke: bool, **changes) -> dict:
     stage = start.stages.short.to_dict()
     stage["init"]["from"] = "student@pretrain"
     stage["data"].update(sources=sources, rows=24, length=128, examples_per_batch=64)
+    if smoke:
+        stage["data"]["truncation"] = "drop"  # its teacher rambles
     stage["train"].update(steps=2 if smoke else 96, **changes)
     stage["train"]["optimizer"].update(weight_decay=0.0, warmup_steps=1 if smoke else 6)
     return stage
@@ -186,7 +188,7 @@ def _step_by_step(learn) -> dict:
 
 def _curate(method: str, solvers: tuple[str, ...], smoke: bool) -> dict:
     stage = defaults.curate_config(method=method, solvers=solvers, limit=4 if smoke else 128)
-    stage["num_samples"] = 1
+    stage.update(num_samples=1, answer_field="answer")
     stage["data"]["sources"] = _kept()
     stage.update(max_tokens=96, rows=512)
     return stage

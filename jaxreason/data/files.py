@@ -59,12 +59,13 @@ class Fields:
     """Records with these fields, as text or a number; each text must hold the one beside it."""
 
     fields: tuple[tuple[str, str], ...]
+    optional: tuple[str, ...] = ()  # what else is read of Parquet, where it is there
 
     def identity(self) -> Any:
         return self.fields
 
     def columns(self) -> tuple[list[str], list[str]]:
-        return [name for name, _ in self.fields], []
+        return [name for name, _ in self.fields], list(self.optional)
 
     def examine(self, record: dict[str, Any]) -> Found:
         fault = field_fault(record, dict(self.fields))

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxreason.data.documents import DataConfig, RecordEncoder, extras_of, open_encoders
 from jaxreason.data.packing import PACKINGS, Concat, Example, FirstFit, PerBatch, lay_out
+from jaxreason.data.sources import left_out
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Batch
 
@@ -189,11 +190,11 @@ class Pipeline(Iterator[Batch]):
     """The batches of some logical shards, one block of rows each. Made by `build`."""
 
     def __init__(
-        self, shards: dict[int, _Shard], empty: Batch, left_out: tuple[int, int], num_shards: int
+        self, shards: dict[int, _Shard], empty: Batch, lacking: dict[str, int], num_shards: int
     ):
         self._shards, self.owned, self.num_shards = shards, tuple(shards), num_shards
         self._empty = empty  # the rows of a shard that has come to its end before others
-        self._left_out = left_out  # records quarantined and filtered
+        self._lacking = lacking  # records quarantined and filtered
         self._state = self._capture()  # after the batch returned last
         self._prefetcher: _Prefetcher | None = None
 
@@ -244,7 +245,9 @@ class Pipeline(Iterator[Batch]):
         shards = (state or self._state)["shards"].values()
         counts = np.sum([shard["counts"] for shard in shards], axis=0)
         examples, tokens, places, dropped = (int(count) for count in counts)
-        return Stats(examples, tokens, *self._left_out, dropped, tokens / max(places, 1))
+        return Stats(
+            examples, tokens, dropped=dropped, fill=tokens / max(places, 1), **self._lacking
+        )
 
     def close(self) -> None:
         """Stops the thread; the next batch starts another one where this one was."""
@@ -340,10 +343,9 @@ def build(
         stream = _mixture(config, shard, encoders, num_epochs)
         packer = PACKINGS[config.packing](stream, rows, config.length, pad_id, **extra)
         made[shard] = _Shard(packer, stream)
-    count = lambda name: sum(getattr(e.source, name, 0) for e in encoders.values())
-    left_out = count("num_quarantined"), count("num_filtered")
     empty = lay_out([], rows, config.length, pad_id, extra["extras"])
-    return Pipeline(made, empty, left_out, config.num_shards)
+    lacking = left_out(encoder.source for encoder in encoders.values())
+    return Pipeline(made, empty, lacking, config.num_shards)
 
 
 # -------------------------------------------------------------------------------- evaluation

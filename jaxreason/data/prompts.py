@@ -186,6 +186,7 @@ class Prompts(Sequence[Prompt]):
         self.config = config
         self._source_config, self._target_config = config.to_source(), config.to_target()
         self._source = source
+        self.num_quarantined = sources_lib.left_out([source])["quarantined"]
 
     def __len__(self) -> int:
         return len(self._source)
@@ -273,6 +274,7 @@ class PromptStream:
         self._config = config
         self._prompts = dict(prompts)
         self._say = say
+        self.num_quarantined = sources_lib.left_out(prompts.values())["quarantined"]
         sizes = [len(source) for source in self._prompts.values()]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])  # source i: starts[i]:starts[i + 1]
         total = int(self._starts[-1])

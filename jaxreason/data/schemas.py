@@ -28,12 +28,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "s1k": {
         "prompt_field": "question",
         "reasoning_field": "thinking_trajectories",
+        "needs_reasoning": True,
         "response_field": "attempt",
         "choose": "first",
     },
     "s1k-1.1": {
         "prompt_field": "question",
         "reasoning_field": "deepseek_thinking_trajectory",
+        "needs_reasoning": True,
         "response_field": "deepseek_attempt",
     },
     "openthoughts": {
@@ -44,6 +46,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "openthoughts-metadata": {
         "prompt_field": "problem",
         "reasoning_field": "deepseek_reasoning",
+        "needs_reasoning": True,
         "response_field": "deepseek_solution",
     },
     "messages": {"messages_field": "messages"},

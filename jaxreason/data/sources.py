@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxreason.data import arithmetic, countdown
@@ -32,6 +32,7 @@ _FILES_ONLY = (
     "text_field", "prompt_field", "response_field", "reasoning_field", "reasoning",
     "strip_calculator", "messages_field", "system_field", "drop_system", "chosen_field",
     "rejected_field", "correct_fields", "complete_field", "keep_wrong", "choose", "extra_fields",
+    "needs_reasoning",
 )  # fmt: skip
 _PROMPTS = {"arithmetic": "{expression}", "countdown": countdown.PROMPT}  # by default
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -76,7 +77,8 @@ class SourceConfig:
     prompt_field: str = ""
     prompt_template: str = ""  # e.g. "{question}"; the kind's own when empty
     response_field: str = ""
-    reasoning_field: str = ""
+    reasoning_field: str = ""  # null in a record: its trace has no reasoning, as of a plain teacher
+    needs_reasoning: bool | None = None  # ... or null there is a fault, as in the schemas
     reasoning: str = ""  # "", split_tags or split_hashes
     strip_calculator: bool = False  # drop GSM8K's <<48/2=24>> spans
     messages_field: str = ""
@@ -122,7 +124,11 @@ class SourceConfig:
         """The same source by its fields: kind "jsonl" in place of a schema's name."""
         if self.kind not in SCHEMAS:
             return self
-        given = {name: v for name, v in SCHEMAS[self.kind].items() if not getattr(self, name)}
+        given = {
+            name: value
+            for name, value in SCHEMAS[self.kind].items()
+            if getattr(self, name) in (None, "", ())
+        }
         if self.prompt_template:
             given.pop("prompt_field", None)
         return dataclasses.replace(self, kind="jsonl", **given)
@@ -264,7 +270,14 @@ class SourceConfig:
         return Found(tuple(parts), tuple(faults), filtered)
 
     def take(self, record: dict[str, Any], part: int) -> dict[str, Any]:
-        return record | {field: record[field][part] for field in self._listed(record)}
+        """The record of one of its traces, and of lists beside them (grades) its own entry."""
+        listed = self._listed(record)
+        if not listed:
+            return record
+        size = len(record[listed[0]])
+        beside = (*self.correct_fields, self.complete_field, *self.extra_fields)
+        listed += [f for f in beside if isinstance(record.get(f), list) and len(record[f]) == size]
+        return record | {field: record[field][part] for field in listed}
 
     def _listed(self, record: Mapping[str, Any]) -> list[str]:
         fields = (self.response_field, self.reasoning_field) if self.choose else ()
@@ -307,6 +320,13 @@ def open_source(config: SourceConfig, data_dir: str | os.PathLike, seed: int = 0
     return arithmetic.open_arithmetic(directory, config.split)
 
 
+def left_out(opened: Iterable[Source]) -> dict[str, int]:
+    """What opening the sources left out: malformed records, and traces that are marked wrong."""
+    sources = list(opened)
+    count = lambda name: sum(getattr(one, name, 0) for one in sources)
+    return {"quarantined": count("num_quarantined"), "filtered": count("num_filtered")}
+
+
 def to_prompt(config: SourceConfig, record: Mapping[str, Any]) -> str:
     """The user's turn of a record. Numbers among its fields are written out."""
     if config.prompt_field:
@@ -345,7 +365,9 @@ def to_example(
         text_of(record, name)
     hashes = _HASHES if config.reasoning == "split_hashes" else ""
     answer, reasoning = clean(text_of(record, config.response_field, hashes)), None
-    if config.reasoning_field:
+    if config.reasoning_field and (
+        config.needs_reasoning or record[config.reasoning_field] is not None
+    ):
         reasoning = clean(text_of(record, config.reasoning_field))
     if config.reasoning == "split_tags":
         reasoning, answer = read_trace(answer)

@@ -191,6 +191,18 @@ def difficulty(num: int, solved: Mapping[str, Sequence[bool]]) -> Selection:
     return without(num, dropped)
 
 
+def hard(
+    traces: Sequence[Trace], solved: Mapping[str, Sequence[bool]], trusted: Callable[[Trace], bool]
+) -> Selection:
+    """`difficulty`, which keeps what is trusted whoever solves it."""
+    kept = [trusted(trace) for trace in traces]
+    tried = {
+        model: [answer and not in_anyway for answer, in_anyway in zip(answers, kept)]
+        for model, answers in solved.items()
+    }
+    return difficulty(len(traces), tried)
+
+
 def diversity(traces: Sequence[Trace], config: Diversity, chosen: Sequence[int] = ()) -> Selection:
     """Draws `config.num` traces: a domain, then one of its traces with weight 2^-rank.
 
@@ -260,20 +272,16 @@ def s1k(
     """
     good = quality(traces, faults)
     set_aside = {i for i in good.kept if trusted(traces[i])}
-    tried = {
-        model: [answer and i not in set_aside for i, answer in enumerate(answers)]
-        for model, answers in solved.items()
-    }
-    easy = difficulty(len(traces), tried).dropped
+    easy = hard(traces, solved, trusted).dropped
 
-    def hard(numbers: list[int]) -> Selection:
+    def difficult(numbers: list[int]) -> Selection:
         return without(len(numbers), {at: easy[i] for at, i in enumerate(numbers) if i in easy})
 
     def diverse(numbers: list[int]) -> Selection:
         chosen = [at for at, i in enumerate(numbers) if i in set_aside]
         return diversity([traces[i] for i in numbers], config, chosen)
 
-    return after(after(good, hard), diverse)
+    return after(after(good, difficult), diverse)
 
 
 # ----------------------------------------------------------------- contamination and duplicates

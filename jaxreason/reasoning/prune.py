@@ -3,12 +3,14 @@
 Efficient Long CoT (Wang et al. 2025, arXiv 2505.18440). V(k) asks the student itself for the answer
 from the question and the first k steps alone. `binary` assumes that once there is enough in the
 prefix, more does not hurt (monotone validity): it halves the prefix while the student still answers
-right and backtracks upward where it does not. `exhaustive` asks every prefix, and so knows the
-smallest valid one and whether validity is monotone.
+right and backtracks upward where it does not. `guided`, ours, does the same and asks a guess first,
+the prefix that ends with the first correct solution: a student that is led astray by what follows
+it (a half-done review) is not asked there, and binary search, once told no, looks only above.
+`exhaustive` asks every prefix: it knows the smallest valid one and whether validity is monotone.
 
 Every trace is a small state machine whose state is its answers; all are in flight at once, so that
-one round is one large batch for the student. Beside it the baselines: the first correct solution,
-the shortest correct sample of several, and a random cut.
+one round is one large batch for the student. Beside it the baselines: the first correct solution
+and a random cut (the third, the shortest correct sample of several, is a choice: curate.keep).
 """
 
 import collections
@@ -20,7 +22,7 @@ from typing import Any
 Question = tuple[int, int]  # (number of the trace, how many of its steps the student sees)
 IsValid = Callable[[list[Question]], Sequence[bool]]  # one answer a question, in order
 
-METHODS = ("binary", "exhaustive")
+METHODS = ("binary", "guided", "exhaustive")
 NO_STEPS = "no steps"
 FULL_NOT_VALID = "full trace not valid"
 NO_SOLUTION = "no step has the answer"
@@ -37,7 +39,10 @@ class Pruned:
 
     @property
     def monotone(self) -> bool | None:
-        """Whether no valid prefix has an invalid longer one; None where not all were asked."""
+        """Whether no valid prefix has an invalid longer one; None where not all were asked.
+
+        What a binary search asked is monotone whatever the trace is.
+        """
         valid = [answer for _, answer in sorted(self.asked)]
         return valid == sorted(valid) if len(valid) == self.num_steps else None
 
@@ -48,15 +53,28 @@ class Search:
     Args:
       num_steps: how many steps each trace has.
       method: `binary` asks V(n), then one halving a round, at most ceil(log2 n) + 1 questions a
-        trace; `exhaustive` asks all n prefixes, in one round.
+        trace; `guided` asks V(n), the guess, and then as `binary`, at most one question more;
+        `exhaustive` asks all n prefixes, in one round.
+      guesses: of each trace how many of its steps may be enough, None where nothing is known; of
+        `guided` alone.
 
     Raises:
-      ValueError: an unknown method.
+      ValueError: an unknown method, or guesses that it does not read.
     """
 
-    def __init__(self, num_steps: Sequence[int], method: str = "binary"):
+    def __init__(
+        self,
+        num_steps: Sequence[int],
+        method: str = "binary",
+        guesses: Sequence[int | None] | None = None,
+    ):
         if method not in METHODS:
             raise ValueError(f"prune.method is {method!r}; it must be one of {', '.join(METHODS)}")
+        if (guesses is not None) != (method == "guided"):
+            raise ValueError(
+                f"prune.method is {method!r}; guesses are for guided, which needs them"
+            )
+        self._guesses = guesses
         self.method = method
         self.num_steps = tuple(num_steps)
         self._asked: list[dict[int, bool]] = [{} for _ in self.num_steps]
@@ -75,9 +93,11 @@ class Search:
             raise ValueError(f"prune: ({trace}, {kept}) is no open question of this search")
         self._asked[trace][kept] = bool(valid)
         self._open[trace].remove(kept)
-        if self.method == "binary" and self._asked[trace][self.num_steps[trace]]:
+        if self.method != "exhaustive" and self._asked[trace][self.num_steps[trace]]:
             low, high = _bounds(self._asked[trace])
-            self._open[trace] = [(low + high) // 2] if low < high else []
+            guess = self._guesses[trace] if self._guesses and len(self._asked[trace]) == 1 else None
+            wanted = (low + high) // 2 if guess is None or guess >= high else guess
+            self._open[trace] = [wanted] if low < high else []
 
     def results(self) -> list[Pruned]:
         """Of every trace. Raises ValueError while questions are open."""
@@ -102,7 +122,7 @@ class Search:
                     f"the state of a pruning has {name} {_brief(state[name])}, not {_brief(own)}: "
                     "it is of other traces or another segmentation"
                 )
-        fresh = Search(self.num_steps, self.method)
+        fresh = Search(self.num_steps, self.method, self._guesses)
         for trace, answers in enumerate(state["asked"]):
             for kept, valid in answers:
                 fresh.answer(trace, kept, valid)
@@ -141,6 +161,7 @@ def prune(
     is_valid: IsValid,
     *,
     method: str = "binary",
+    guesses: Sequence[int | None] | None = None,
     state: Mapping[str, Any] | None = None,
     on_round: Callable[[Search], None] | None = None,
 ) -> list[Pruned]:
@@ -149,13 +170,14 @@ def prune(
     Args:
       is_valid: whether the student answers right from the first `kept` steps of a trace; it gets
         the questions of a round, [(trace, kept)], and returns one answer each.
+      guesses: as Search takes them.
       state: of an interrupted search on the same traces; what it asked is not asked again.
       on_round: called after every round, e.g. to save `get_state()` and to show progress.
 
     Raises:
       ValueError: is_valid returned another number of answers, or the state is of another search.
     """
-    search = Search([len(steps) for steps in traces], method)
+    search = Search([len(steps) for steps in traces], method, guesses)
     if state is not None:
         search.set_state(state)
     while questions := search.questions():
@@ -180,14 +202,6 @@ def first_correct_solution(steps: Sequence[str], has_answer: Callable[[str], boo
         return Pruned(0, None, NO_STEPS)
     kept = next((k for k, step in enumerate(steps, 1) if has_answer(step)), None)
     return Pruned(len(steps), kept, NO_SOLUTION if kept is None else None)
-
-
-def shortest_correct(num_tokens: Sequence[int], correct: Sequence[bool]) -> int | None:
-    """Which of the samples of one question is the shortest right one: the first of equals."""
-    lengths = [
-        (n, i) for i, (n, right) in enumerate(zip(num_tokens, correct, strict=True)) if right
-    ]
-    return min(lengths)[1] if lengths else None
 
 
 def random_cut(num_steps: int, seed: int, trace: int) -> Pruned:
@@ -219,16 +233,18 @@ class Report:
     # Of each tenth of a trace: (questions that kept that much of it, share answered valid). The
     # binary search asks where it expects the cut: only `exhaustive` gives all positions alike.
     by_position: tuple[tuple[int, float | None], ...]
-    non_monotone: float | None  # share of the traces of which every prefix was asked
-    # Of those of them that are monotone: the share that the binary search, given the same answers,
-    # cuts at the same step.
+    # Of `exhaustive` alone: a binary search asks nothing that could contradict it. The share of the
+    # traces in which a longer prefix is worse; of the others, the share that the binary search,
+    # given the same answers, cuts at the same step.
+    non_monotone: float | None
     binary_agrees: float | None
 
 
-def report(results: Sequence[Pruned], step_tokens: Sequence[Sequence[int]]) -> Report:
+def report(results: Sequence[Pruned], step_tokens: Sequence[Sequence[int]], method: str) -> Report:
     """Sums up a pruning or a baseline.
 
     Args:
+      method: that the results are of.
       step_tokens: the number of tokens of every step of every trace.
 
     Raises:
@@ -244,7 +260,7 @@ def report(results: Sequence[Pruned], step_tokens: Sequence[Sequence[int]]) -> R
     for result in results:
         for k, valid in result.asked:
             asked[(10 * k - 1) // result.num_steps].append(valid)
-    known = [result for result in results if result.monotone is not None and result.asked]
+    known = [result for result in results if method == "exhaustive" and result.asked]
     monotone = [result for result in known if result.monotone]
     return Report(
         num_traces=len(results),

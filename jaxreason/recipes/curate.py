@@ -42,8 +42,8 @@ from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Completion, Prompt, Sampling
 
 METHODS = ("s1k", "random")
-NO_REASONING, SEVERAL_TURNS = "no reasoning", "several turns"
 TOO_SHORT, TOO_LONG, LOOPS = "too short", "too long", "repeats itself"
+_READ = ("domain_field", "correct_field", "answer_field")  # name fields that every record has
 _CHECKED = 1_000  # records that are read before anything runs
 
 
@@ -74,6 +74,7 @@ class Candidate(Trace):
     id: str  # SOURCE/NUMBER
     answer: str  # the gold answer, else the trace's own
     fault: str | None  # why nobody should learn it
+    trusted: bool  # in, however easy
 
 
 def plan(config: ConfigDict, name: str, section: ConfigDict) -> CurateStage:
@@ -96,6 +97,13 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> CurateStage:
         raise ValueError(
             f"solved_by is {section.solved_by!r}; it must be one of rewards: "
             f"{', '.join(section.rewards)}"
+        )
+    if section.limit and section.method == "s1k":
+        _spread(section, seed=0)
+    elif section.trusted_field or any(section.diversity.values()):
+        raise ValueError(
+            f"diversity is {section.diversity.to_dict()}, trusted_field {section.trusted_field!r}; "
+            "only method s1k with a limit above 0 draws by them"
         )
     if "{question}" not in section.prompt_template:
         raise ValueError(
@@ -141,7 +149,7 @@ def _solvers(section: ConfigDict) -> dict[str, checkpoints.Checkpoint]:
 
 
 def _sources(section: ConfigDict) -> dict[str, sources_lib.SourceConfig]:
-    read = (section.domain_field, section.correct_field, section.answer_field)
+    read = (*(section[key] for key in _READ), section.trusted_field)
     sources = {
         source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source}).reading(
             *read, "truncated", "refused"
@@ -200,8 +208,7 @@ class Pool:
             name: sources_lib.open_source(source, workdir.data, config.seed)
             for name, source in stage.sources.items()
         }
-        count = lambda what: sum(getattr(one, what, 0) for one in self._opened.values())
-        self.left_out = {"quarantined": count("num_quarantined"), "filtered": count("num_filtered")}
+        self.left_out = sources_lib.left_out(self._opened.values())
 
     def __iter__(self) -> Iterator[Candidate]:
         number, limit = 0, self._stage.section.data.limit
@@ -220,7 +227,7 @@ class Pool:
             "id": trace_id,
             **({"system": system[0]} if system else {}),
             "question": next((m.content for m in messages if m.role == "user"), ""),
-            "reasoning": messages[-1].reasoning or "",
+            "reasoning": messages[-1].reasoning,
             "response": messages[-1].content,
         }
 
@@ -231,15 +238,14 @@ class Pool:
 
     def _candidate(self, trace_id: str) -> Candidate:
         section, (record, messages) = self._stage.section, self._read(trace_id)
-        keys = ("domain_field", "correct_field", "answer_field")
         missing = [
             f"{key} is {section[key]!r}; the record has {', '.join(record)}"
-            for key in keys
+            for key in _READ
             if section[key] and section[key] not in record
         ]
         last = messages[-1]
         tokens = len(self._tokenizer.encode(last.reasoning or ""))
-        domain, correct, answer = (section[key] for key in keys)
+        domain, correct, answer = (section[key] for key in _READ)
         return Candidate(
             id=trace_id,
             question=next((m.content for m in messages if m.role == "user"), ""),
@@ -248,6 +254,7 @@ class Pool:
             domain=str(record.get(domain, "")),
             correct=is_true(record, [correct], 0) if correct in record else None,
             answer=str(record.get(answer, last.content)),
+            trusted=is_true(record, [section.trusted_field], 0),
             fault=missing[0] if missing else _fault(section.quality, record, messages, tokens),
         )
 
@@ -258,11 +265,11 @@ def _fault(
     """What is wrong with a trace, the first of all that may be."""
     last, reasoning = messages[-1], messages[-1].reasoning or ""
     if [m.role for m in messages if m.role != "system"] != ["user", "assistant"]:
-        return SEVERAL_TURNS
+        return trace_files.SEVERAL_TURNS
     if why := trace_files.fault(record, last.content):
         return why
     if quality.needs_reasoning and not reasoning.strip():
-        return NO_REASONING
+        return trace_files.NO_REASONING
     if tokens < quality.min_tokens:
         return TOO_SHORT
     if quality.max_tokens is not None and tokens > quality.max_tokens:
@@ -370,11 +377,21 @@ def _drawn(
     limit = stage.section.limit
     if stage.section.method == "random":
         return choices.draw(len(traces), limit, config.seed)
-    hard = choices.difficulty(len(traces), solved)
+    trusted = lambda one: one.trusted
+    hard = choices.hard(traces, solved, trusted)
     if not limit or len(hard.kept) < limit:  # the caller says what is lacking
         return hard
-    spread = choices.Diversity(num=limit, seed=config.seed)
-    return choices.s1k(traces, faults={}, solved=solved, config=spread)
+    spread = _spread(stage.section, config.seed)
+    return choices.s1k(traces, faults={}, solved=solved, config=spread, trusted=trusted)
+
+
+def _spread(section: ConfigDict, seed: int) -> choices.Diversity:
+    return choices.Diversity(
+        num=section.limit,
+        seed=seed,
+        num_uniform=section.diversity.num_uniform,
+        histogram=section.diversity.histogram.to_dict() or None,
+    )
 
 
 # --------------------------------------------------------------------------------- the solvers

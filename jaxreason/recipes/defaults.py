@@ -293,8 +293,9 @@ def prune_config(**changes) -> dict:
         "rewards": {"accuracy": reward("math")},
         "solved_by": "accuracy",  # the reward that is 1 where the student's answer is right
         "segment": dataclasses.asdict(Segmentation()) | {"max_chars": config_dict.placeholder(int)},
-        # binary: by the student's answers | exhaustive: every prefix asked | first_correct: after
-        # the first step that names the answer | random
+        # binary: by the student's answers | guided: the same, asked first after the step that
+        # first comes to the answer | exhaustive: every prefix asked | first_correct: after that
+        # step, nobody asked | random
         "method": "binary",
         "max_tokens": 64,  # of an answer
         "batch": 1024,  # traces in flight, and what a kill can lose
@@ -381,6 +382,10 @@ def curate_config(**changes) -> dict:
         "held_out": {"path": "", "field": "question", "n": 8},  # n words in a row
         "deduplicate": {"n": 3, "threshold": 0.0},  # similarity of questions' n-grams; 0: not
         "domain_field": "",  # of a record; "": all are of one domain
+        # The first num_uniform of `limit` are of every domain equally often, the rest as the
+        # weights say, {"aime": 30, ...}, as s1's code draws its last 300; unset: all the first way
+        "diversity": {"num_uniform": config_dict.placeholder(int), "histogram": {}},
+        "trusted_field": "",  # of a record: true where its trace is in however easy it is
         # Checkpoints, as init.from: what one of them solves is too easy
         "solvers": (),
         "template": "",  # of the solvers' chat, as chat.template; "": their own

@@ -9,11 +9,12 @@ traces of a batch at once. Three files come of it in the run's data folder:
   STAGE.pairs.jsonl  chosen: the pruned trace, rejected: the full one, where they differ (DPO)
 """
 
+import collections
 import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,13 +28,12 @@ from jaxreason.recipes import assemble, checkpoints, evaluation, trace_files, we
 from jaxreason.recipes.run import Run
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import iterate_lines, write_whole
-from jaxreason.rewards import mix
+from jaxreason.rewards import math, mix, numerals
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import Tokenizer
 from jaxreason.types import Prompt, Sampling
 
 METHODS = (*search.METHODS, "first_correct", "random")
-NO_REASONING = "no question or no reasoning"  # why a record is dropped before any step is looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,13 @@ class Chain:
     steps: tuple[str, ...]
     response: str
     answer: str  # the gold answer
+    system: str = ""
+
+    @property
+    def turns(self) -> list[chat.Message]:
+        """What comes before the answer."""
+        system = [chat.Message("system", self.system)] if self.system else []
+        return [*system, chat.Message("user", self.question)]
 
     def reasoning(self, kept: int) -> str:
         return "".join(self.steps[:kept]).strip("\n")
@@ -112,41 +119,52 @@ def check_data(
 
 
 def _check_chains(config: ConfigDict, stage: PruneStage, workdir: Workdir) -> None:
-    chains = []
-    for chain, _ in zip(_chains(stage, workdir), range(1_000)):
-        chains += [] if chain is None else [chain]
+    found = [c for c, _ in zip(Chains(config, stage, workdir), range(1_000))]
+    chains = [chain for chain in found if isinstance(chain, Chain)]
     if not chains:
-        raise ValueError("data.sources: none of the first records has a reasoning to prune")
+        raise ValueError(
+            f"data.sources: none of the first {len(found)} records can be pruned, the first one "
+            f"for {found[0]!r}"
+        )
     with assemble.rewards(config, stage.rewards) as reward:
         reward.check([Prompt(c.id, c.question, c.answer, c.id.split("/")[0]) for c in chains])
 
 
-def _chains(stage: PruneStage, workdir: Workdir) -> Iterator[Chain | None]:
-    """In the order of the sources; None stands for a record without a reasoning."""
-    number, limit = 0, stage.section.data.limit
-    for name, config in stage.sources.items():
-        source = sources_lib.open_source(config, workdir.data)
-        for index in range(len(source)):
-            if limit and number == limit:
-                return
-            number += 1
-            yield _chain(stage, f"{name}/{index}", config, source[index])
+class Chains:
+    """Of every record of the sources, in order, the chain, or why it has none to prune."""
 
+    def __init__(self, config: ConfigDict, stage: PruneStage, workdir: Workdir):
+        self._stage = stage
+        self._opened = {
+            name: sources_lib.open_source(source, workdir.data, config.seed)
+            for name, source in stage.sources.items()
+        }
+        self.left_out = sources_lib.left_out(self._opened.values())
 
-def _chain(
-    stage: PruneStage, chain_id: str, config: sources_lib.SourceConfig, record: dict
-) -> Chain | None:
-    example = sources_lib.to_example(config, record)
-    messages = getattr(example, "messages", ())
-    question = next((m.content for m in messages if m.role == "user"), None)
-    if question is None or not (messages[-1].reasoning or "").strip():
-        return None
-    response = messages[-1].content
-    field = stage.section.answer_field
-    if field and field not in record:
-        raise ValueError(f"answer_field is {field!r}; {chain_id} has {', '.join(record)}")
-    steps = tuple(segment(messages[-1].reasoning, stage.segmentation))
-    return Chain(chain_id, question, steps, response, str(record[field] if field else response))
+    def __iter__(self) -> Iterator[Chain | str]:
+        number, limit = 0, self._stage.section.data.limit
+        for name, source in self._opened.items():
+            for index in range(len(source)):
+                if limit and number == limit:
+                    return
+                number += 1
+                yield self._chain(f"{name}/{index}", self._stage.sources[name], source[index])
+
+    def _chain(self, chain_id: str, config: sources_lib.SourceConfig, record: dict) -> Chain | str:
+        messages = getattr(sources_lib.to_example(config, record), "messages", ())
+        system = next((m.content for m in messages if m.role == "system"), "")
+        turns = [m for m in messages if m.role != "system"]
+        if [m.role for m in turns] != ["user", "assistant"]:
+            return trace_files.SEVERAL_TURNS
+        question, answer = turns
+        if not (answer.reasoning or "").strip():
+            return trace_files.NO_REASONING
+        field = self._stage.section.answer_field
+        if field and field not in record:
+            return f"answer_field is {field!r}; the record has {', '.join(record)}"
+        steps = tuple(segment(answer.reasoning, self._stage.segmentation))
+        gold = str(record[field] if field else answer.content)
+        return Chain(chain_id, question.content, steps, answer.content, gold, system)
 
 
 # ----------------------------------------------------------------------------------- the search
@@ -158,10 +176,10 @@ class Student:
     def __init__(self, run: Run, stage: PruneStage, reward: mix.Reward):
         template = assemble.chat_template(run.config, run.tokenizer)
 
-        def encode(asked: tuple[str, str]) -> list[int]:
-            question, reasoning = asked
-            turn = [chat.Message("user", question)]
-            return chat.encode_to_answer(run.tokenizer, template, turn, reasoning)
+        def encode(asked: tuple[Chain, int]) -> list[int]:
+            chain, kept = asked
+            reasoning = chain.reasoning(kept)
+            return chat.encode_to_answer(run.tokenizer, template, chain.turns, reasoning)
 
         self._generate = evaluation.generator(
             run.config, run.tokenizer, run.model, stage.section.rows, encode
@@ -173,7 +191,7 @@ class Student:
 
     def is_valid(self, chains: Sequence[Chain], questions: Sequence[Question]) -> list[bool]:
         """Of each (chain, steps kept): whether the student's answer is right."""
-        asked = [(chains[i].question, chains[i].reasoning(kept)) for i, kept in questions]
+        asked = [(chains[i], kept) for i, kept in questions]
         drawn = self._generate(self._params, asked, self._sampling, self._key)
         answers = [chains[i].answer for i, _ in questions]
 
@@ -189,17 +207,37 @@ def _pruned(
 ) -> list[Pruned]:
     """Args: first, the number of the first chain among all; ask, Student.is_valid of them."""
     method = stage.section.method
-    if method in search.METHODS:
-        return search.prune([c.steps for c in chains], ask, method=method)
     if method == "random":
         return [search.random_cut(len(c.steps), seed, first + i) for i, c in enumerate(chains)]
-    return [search.first_correct_solution(c.steps, _has(c.answer)) for c in chains]
+    if method in ("binary", "exhaustive"):
+        return search.prune([c.steps for c in chains], ask, method=method)
+    solved = [search.first_correct_solution(c.steps, _has(c.answer)) for c in chains]
+    if method == "first_correct":
+        return solved
+    guesses = [one.kept for one in solved]
+    return search.prune([c.steps for c in chains], ask, method=method, guesses=guesses)
 
 
 def _has(answer: str) -> Callable[[str], bool]:
-    """Whether a step names the answer: as a number or words of its own, not as part of others."""
-    pattern = re.compile(rf"(?<![\w.-]){re.escape(answer.strip())}(?!\w|\.\w)")
-    return lambda step: pattern.search(step) is not None
+    """Whether a step comes to the answer: its last box, else what stands right of its last =.
+
+    Numbers are the same in any spelling; what is no number is found as it is written. An operand of
+    a computation is not what the step comes to.
+    """
+    gold = math.written_answer(answer) or answer.strip()
+    as_written = re.compile(rf"(?<![\w.-]){re.escape(gold)}(?!\w|\.\w)")
+    is_number = numerals.read(gold) is not None
+
+    def has(step: str) -> bool:
+        boxed = math.last_boxed(step)
+        if boxed is not None:
+            return math.answers_equal(boxed, gold)
+        result = step.rpartition("=")[2]
+        if is_number:
+            return any(math.answers_equal(number, gold) for number in numerals.find(result))
+        return as_written.search(result) is not None
+
+    return has
 
 
 def run_stage(run: Run, stage: PruneStage) -> None:
@@ -208,8 +246,10 @@ def run_stage(run: Run, stage: PruneStage) -> None:
     if run.workdir.marker(stage.name) and hosts.told(files.kept.exists):
         return
     began = time.monotonic()
-    found = list(_chains(stage, run.workdir))
-    chains = [chain for chain in found if chain is not None]
+    source = Chains(run.config, stage, run.workdir)
+    found = list(source)
+    chains = [chain for chain in found if isinstance(chain, Chain)]
+    without = collections.Counter(why for why in found if isinstance(why, str))
     student = trace_files.author(stage.start, run.workdir)
     done = hosts.told(lambda: files.resume([c.id for c in chains], student, run.progress.say))
     if done < len(chains):
@@ -217,7 +257,7 @@ def run_stage(run: Run, stage: PruneStage) -> None:
         _search(run, stage, chains, student, files, done)
 
     def outcome() -> dict:
-        counts = _write(run, stage, files, len(found) - len(chains))
+        counts = _write(run, stage, files, without) | source.left_out
         return {"student": student, **counts, "seconds": round(time.monotonic() - began, 1)}
 
     run.workdir.mark(stage.name, outcome)
@@ -257,6 +297,7 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "id": chain.id,
+        **({"system": chain.system} if chain.system else {}),
         "question": chain.question,
         "answer": chain.answer,
         "response": chain.response,
@@ -274,12 +315,12 @@ def _record(
 
 
 def _write(
-    run: Run, stage: PruneStage, files: trace_files.TraceFiles, without: int
+    run: Run, stage: PruneStage, files: trace_files.TraceFiles, without: Mapping[str, int]
 ) -> dict[str, Any]:
     """STAGE.jsonl, STAGE.pairs.jsonl, and the report. Raises ValueError where nothing is kept.
 
     Args:
-      without: records that had no reasoning.
+      without: records that had no chain, by reason.
     """
     kept, pairs, results, step_tokens = [], [], [], []
     tags = assemble.think_tags(run.config)
@@ -291,13 +332,14 @@ def _write(
         if result.kept is None:
             continue
         chain = Chain(record["id"], record["question"], tuple(record["steps"]),
-                      record["response"], record["answer"])  # fmt: skip
+                      record["response"], record["answer"],
+                      record.get("system", ""))  # fmt: skip
         kept.append(_kept(chain, record, result))
         if result.kept < result.num_steps:
             pairs.append(_pair(chain, result, tags))
-    report = search.report(results, step_tokens)
+    report = search.report(results, step_tokens, stage.section.method)
     counts = dataclasses.asdict(report)
-    counts["dropped"] |= {NO_REASONING: without} if without else {}
+    counts["dropped"] |= without
     run.progress.say(f"{stage.name}: {told(report)}")
     if not kept:
         raise ValueError(
@@ -313,6 +355,7 @@ def _kept(chain: Chain, record: dict[str, Any], result: Pruned) -> dict[str, Any
     """A pruned trace with where it comes from."""
     return {
         "id": chain.id,
+        **({"system": chain.system} if chain.system else {}),
         "question": chain.question,
         "reasoning": chain.reasoning(result.kept),
         "response": chain.response,
@@ -335,7 +378,7 @@ def _pair(chain: Chain, result: Pruned, tags: chat.ThinkTags) -> dict[str, Any]:
 
     return {
         "id": chain.id,
-        "prompt": [{"role": "user", "content": chain.question}],
+        "prompt": [{"role": turn.role, "content": turn.content} for turn in chain.turns],
         "chosen": turn(result.kept),
         "rejected": turn(result.num_steps),
     }

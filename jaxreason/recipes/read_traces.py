@@ -1,22 +1,27 @@
 """Traces of a workdir's samples.jsonl or of a data set, to be read: tools/inspect_cot.py."""
 
 import dataclasses
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxreason.data.sources import JsonlSource
+from jaxreason.data.files import Fields, JsonlSource
+from jaxreason.data.schemas import conversation
 from jaxreason.reasoning.traces import Trace
 from jaxreason.report.summary import read_lines
 from jaxreason.text import chat
 
 # The fields of a record, each under the first of these names that it has.
 NAMES = {
-    "trace": ("reasoning", "long_cot", "short_cot", "full_model_response", "response", "completion",
-              "generation", "generations", "rationale", "solution", "code", "text"),
+    "trace": ("reasoning", "long_cot", "short_cot", "thinking_trajectories",
+              "deepseek_thinking_trajectory", "deepseek_reasoning", "full_model_response",
+              "response", "completion", "generation", "generations", "conversations", "messages",
+              "rationale", "solution", "code", "text"),
     "question": ("question", "prompt", "problem", "expression", "id", "idx"),
-    "correct": ("correct", "is_correct", "correctness", "score"),
+    "correct": ("correct", "is_correct", "correctness", "correctness_math_verify", "score"),
+    "truncated": ("truncated",),
     "tokens": ("num_tokens",),
     "operations": ("num_operations", "group"),
     "by": (),
@@ -48,7 +53,8 @@ def read_traces(
 
     A line with `completions` is a workdir's: an evaluation's, or a rollout's, whose traces are
     right where the reward `accuracy` is 1. Any other is a data set's record, whose trace may be a
-    list of several. Of a text with think tags the trace is what they enclose.
+    list of several, or a conversation, of which it is the assistant's last turn. Of a text with
+    think tags the trace is what they enclose.
 
     Args:
       fields: {one of NAMES: the name it has in the records}, where it is not found by itself.
@@ -65,7 +71,8 @@ def read_traces(
     for file in files:
         before, skipped = sum(len(s.traces) for s in found.sets.values()), len(found.skipped)
         with tempfile.TemporaryDirectory() as folder:
-            source = JsonlSource(file, fields={}, data_dir=folder, key="FILE")
+            rule = Fields((), tuple(itertools.chain(*names.values())))
+            source = JsonlSource(file, fields=rule, data_dir=folder, key="FILE")
             entries = read_lines(pathlib.Path(folder) / "quarantine.jsonl")
             found.skipped.extend(f"{e['file']} line {e['line']}: {e['reason']}" for e in entries)
             for i in range(len(source)):
@@ -138,7 +145,14 @@ def _samples(
     if value is None:
         has = ", ".join(record) or "none"
         raise ValueError(f"no trace (fields: {has}); name its field with --field trace=NAME")
-    several = isinstance(value, list)
+    question, several = _field(record, names["question"]), isinstance(value, list)
+    if several and value and isinstance(value[0], dict):
+        turns = conversation(value)
+        if turns[-1].role != "assistant":
+            raise ValueError("the conversation does not end with the assistant")
+        asked = next((turn.content for turn in turns if turn.role == "user"), None)
+        question, several = (asked if question is None else question), False
+        value = turns[-1].reasoning or turns[-1].content
     texts = value if several else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"the trace is {type(value).__name__}, not text or a list of texts")
@@ -146,7 +160,6 @@ def _samples(
     grades = grades if isinstance(grades, list) else [grades] * len(texts)
     if len(grades) != len(texts):
         raise ValueError(f"{len(texts)} traces have {len(grades)} grades")
-    question = _field(record, names["question"])
     tokens = None if several else _whole(_field(record, names["tokens"]), "the number of tokens")
     return [
         {
@@ -154,6 +167,7 @@ def _samples(
             "text": _reasoning(text),
             "num_tokens": tokens,
             "correct": _graded(grade),
+            "truncated": _graded(_field(record, names["truncated"])),
             "num_operations": _operations(_field(record, names["operations"])),
         }
         for text, grade in zip(texts, grades)
@@ -161,8 +175,8 @@ def _samples(
 
 
 def _field(record: dict[str, Any], names: Sequence[str]) -> Any:
-    """The first that is there and not null; None without one."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
+    """The first that is there, not null and not an empty text; None without one."""
+    return next((record[name] for name in names if record.get(name) not in (None, "")), None)
 
 
 def _reasoning(text: str) -> str:

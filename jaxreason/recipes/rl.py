@@ -360,12 +360,13 @@ def run_stage(run: Run, stage: RLStage) -> None:
     scored_by = taught_model if stage.algorithm.teacher is not None else None
     key = assemble.stage_key(config.seed, stage.name)
 
+    prompts = prompts_lib.build(stage.prompts, workdir.data, say=run.progress.say)
     store = Store(workdir.checkpoints(stage.name), keep=config.run.keep)
     with store, assemble.rewards(config, stage.rewards) as reward:
         collector = Collector(
             config=stage.collect,
             sampling=stage.sampling,
-            prompts=prompts_lib.build(stage.prompts, workdir.data, say=run.progress.say),
+            prompts=prompts,
             encode=encode,
             generate=evaluation.generator(
                 config,
@@ -413,7 +414,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
     def outcome() -> dict:
         records = [r for r in read_metrics(workdir.path) if r["stage"] == stage.name]
         content = {"steps": stage.steps, "tokens": int(tokens), **_outcome(records)}
-        return content | {"seconds": seconds}
+        return content | {"seconds": seconds, "quarantined": prompts.num_quarantined}
 
     workdir.mark(stage.name, outcome)
 

@@ -17,6 +17,7 @@ import json
 import operator
 import pathlib
 import re
+import string
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,7 @@ _FROM = re.compile(
 )
 _UNASKED = re.compile(r"(run|log|mesh)\..*|name")  # how a cell is executed, not what it finds
 _UNSET = (None, "", (), [], {})
+_DIGITS = string.digits + string.ascii_lowercase
 _NAME = re.compile(r"[\w-]+")
 
 
@@ -117,6 +119,11 @@ def _check_set(config: ConfigDict, name: str) -> None:
             f"{', '.join(sampled) or 'none'}"
         )
     n, metric = sets[wanted].num_samples, config.study.layout.metric
+    if n >= len(_DIGITS):
+        raise ValueError(
+            f"cells.{name}.config.eval.sets.{wanted}.num_samples is {n}; a study keeps at most "
+            f"{len(_DIGITS) - 1} of a problem"
+        )
     k = 4 if n >= 4 else 1
     known = (f"avg@{k}", f"pass@{k}", f"maj@{n}")
     if metric not in known:
@@ -292,9 +299,9 @@ def _resolved(cell: Cell, folder: pathlib.Path | None) -> ConfigDict:
 def findings(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     """What a finished run found on an evaluation set: metrics, traces, cost.
 
-    `correct` has a digit a problem, the number of its samples that are right, so that cells can be
-    compared problem by problem. `curve` has what `eval.every` found on the way: [[updates, value]]
-    of each metric.
+    `correct` has a character a problem, to the base 36 the number of its samples that are right, so
+    that cells can be compared problem by problem. `curve` has what `eval.every` found on the way:
+    [[updates, value]] of each metric.
     """
     summary = json.loads((workdir / "summary.json").read_text())
     samples = [
@@ -313,7 +320,9 @@ def findings(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
         "metrics_samples": len(samples[0]["completions"]),
         "curve": _curve(cell, workdir),
         "traces": dataclasses.asdict(reflect.summarize(traces)[0]),
-        "correct": "".join(str(sum(c["correct"] for c in line["completions"])) for line in samples),
+        "correct": "".join(
+            _DIGITS[sum(c["correct"] for c in line["completions"])] for line in samples
+        ),
     }
 
 

@@ -116,7 +116,7 @@ def compare(ours: Sequence[Found], over: Sequence[Found]) -> tuple[float, list[f
             f"study.layout.compare: {names} have {sorted(sizes)} problems and {sorted(samples)} "
             "samples of each; what is compared must be asked the same"
         )
-    right = lambda cells: np.mean([[int(d) for d in cell["correct"]] for cell in cells], axis=0)
+    right = lambda cells: np.mean([[int(d, 36) for d in cell["correct"]] for cell in cells], axis=0)
     gain_Q = (right(ours) - right(over)) / samples.pop()
     return float(gain_Q.mean()), bootstrap_interval(gain_Q), len(gain_Q)
 

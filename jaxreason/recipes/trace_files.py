@@ -19,6 +19,7 @@ from jaxreason.recipes.checkpoints import Checkpoint
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.report.summary import iterate_lines
 
+NO_REASONING, SEVERAL_TURNS = "no reasoning", "several turns"  # of records that are chosen among
 REASONS = ("refused", "truncated", "no_answer", "wrong", "surplus")  # why a trace is not kept
 
 

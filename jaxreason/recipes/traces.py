@@ -151,8 +151,13 @@ def check_data(
             _speakers(config, stage, workdir, tokenizer, None)
 
 
-def _questions(config: ConfigDict, stage: TracesStage, workdir: Workdir) -> list[Prompt]:
-    """In the order of one epoch: a part of it is a random one where `data.shuffle` says so."""
+def _questions(
+    config: ConfigDict, stage: TracesStage, workdir: Workdir
+) -> tuple[list[Prompt], int]:
+    """In the order of one epoch: a part of it is a random one where `data.shuffle` says so.
+
+    Also how many malformed records were left out.
+    """
     with assemble.rewards(config, stage.rewards) as reward:
         stream = prompts_lib.build(
             stage.prompts, workdir.data, say=lambda line: None, check=reward.check
@@ -160,7 +165,7 @@ def _questions(config: ConfigDict, stage: TracesStage, workdir: Workdir) -> list
     wanted = stage.section.data.num_questions
     if wanted > len(stream):
         raise ValueError(f"data.num_questions is {wanted}; there are {len(stream)}")
-    return stream.next(wanted or len(stream))
+    return stream.next(wanted or len(stream)), stream.num_quarantined
 
 
 # -------------------------------------------------------------------------------- the teacher
@@ -249,7 +254,8 @@ def _asking_server(run: Run, stage: TracesStage) -> Ask:
             prompts = [template.render_prompt(turn(text), thinking) for text in texts]
         answers = hosts.first(lambda: server.ask(prompts, stage.sampling, on_progress))
         found = [[completion(answer) for answer in row] for row in answers or []]
-        hosts.first(lambda: _check_answered(stage, found))
+        if begin == 0:  # later a small part may be refused whole: counted, not an end of the run
+            hosts.first(lambda: _check_answered(stage, found))
         return found
 
     return ask
@@ -283,7 +289,7 @@ def run_stage(run: Run, stage: TracesStage) -> None:
     if run.workdir.marker(stage.name) and hosts.told(files.kept.exists):
         return
     began = time.monotonic()
-    prompts = _questions(run.config, stage, run.workdir)
+    prompts, quarantined = _questions(run.config, stage, run.workdir)
     teacher = _teacher_name(run, stage)
     done = hosts.told(lambda: files.resume([p.id for p in prompts], teacher, run.progress.say))
     if done < len(prompts):
@@ -294,7 +300,7 @@ def run_stage(run: Run, stage: TracesStage) -> None:
         counts = files.select(stage.keep)
         run.progress.say(f"{stage.name}: {trace_files.told(counts)}")
         seconds = round(time.monotonic() - began, 1)
-        return {"teacher": teacher, **counts, "seconds": seconds}
+        return {"teacher": teacher, **counts, "quarantined": quarantined, "seconds": seconds}
 
     run.workdir.mark(stage.name, outcome)
 
@@ -352,12 +358,12 @@ def _graded(
 def _trace(completion: Completion | str, split: Callable) -> dict[str, Any]:
     """What was written. An answer after an end of thinking that never came is empty."""
     if isinstance(completion, str):
-        return {"reasoning": "", "response": "", "num_tokens": 0, "truncated": False,
+        return {"reasoning": None, "response": "", "num_tokens": 0, "truncated": False,
                 "logprob": None, "refused": completion}  # fmt: skip
     reasoning, response = split(completion.text)
     known = bool(completion.logprobs)
     written = {
-        "reasoning": reasoning or "",
+        "reasoning": reasoning,  # null: it wrote no tags of thinking
         "response": response,
         "num_tokens": completion.num_tokens,
         "truncated": bool(completion.truncated),

@@ -238,7 +238,7 @@ def test_real_traces_that_were_scored(shared_data, tmp_path):
     )
     source = open_source(config, tmp_path)
     assert len(source) + source.num_filtered + source.num_quarantined == 560
-    assert all(record["score"] == [True] and "<|" in record["code"] for record in source)
+    assert all(record["score"] is True and "<|" in record["code"] for record in source)
     config = SourceConfig(
         name="y",
         path=str(shared_data / "teacher_rationales" / "mistral_small31_arithmetic.jsonl.gz"),
@@ -273,6 +273,20 @@ def test_a_set_of_which_nothing_is_left_is_one_line(made):
         made("openr1", OPENR1[3:5])
     assert "no valid record" in str(error.value) and "\n" not in str(error.value)
     assert "2 are marked wrong or unfinished" in str(error.value)
+
+
+def test_no_reasoning_is_none_unless_the_schema_has_one(made):
+    rows = [{"question": "Q", "reasoning": None, "response": "A"},
+            {"question": "Q", "reasoning": "", "response": "A"}]  # fmt: skip
+    fields = dict(prompt_field="question", reasoning_field="reasoning", response_field="response")
+    config, source = made("jsonl", rows, **fields)
+    found = [to_example(config, record).messages[-1].reasoning for record in source]
+    assert found == [None, ""]
+    _, source = made("jsonl", rows, needs_reasoning=True, **fields)
+    assert (len(source), source.num_quarantined) == (1, 1)
+    published = [{**S1K_1_1[0], "deepseek_thinking_trajectory": None}, S1K_1_1[0]]
+    assert len(made("s1k-1.1", published)[1]) == 1
+    assert len(made("s1k-1.1", published, needs_reasoning=False)[1]) == 2
 
 
 def test_a_schema_s_fields_may_be_set_otherwise():

@@ -45,6 +45,23 @@ def test_binary_equals_exhaustive_on_every_monotone_pattern():
         assert whole.monotone is True and len(whole.asked) == len(pattern)
 
 
+def test_guided_equals_exhaustive_on_every_monotone_pattern_whatever_the_guess():
+    for n in range(1, 20):
+        for guess in (None, *range(1, n + 1)):
+            patterns = monotone(n)
+            found = run(patterns, "guided", guesses=[guess] * len(patterns))
+            assert [one.kept for one in found] == [one.kept for one in run(patterns, "exhaustive")]
+            assert max(len(one.asked) for one in found) <= math.ceil(math.log2(n)) + 2
+
+
+def test_a_guess_spares_what_leads_the_student_astray():
+    """Right after step 2 of 8, led astray by the review that follows, right again at its end."""
+    pattern = [False, True, True, False, False, False, False, True]
+    (binary,), (guided,) = run([pattern]), run([pattern], "guided", guesses=[2])
+    assert (binary.kept, guided.kept) == (8, 2)
+    assert [kept for kept, _ in guided.asked] == [8, 2, 1]
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_the_bound_of_questions(block):
     """ceil(log2 n) + 2 at most, whatever the answers are; V(n) is the first."""
@@ -100,9 +117,10 @@ def test_interrupted_and_continued_asks_the_same(method, stop):
     rng = random.Random(stop)
     patterns = [[rng.random() < 0.6 for _ in range(n)] + [True] for n in (0, 3, 17, 30)]
     lengths = [len(pattern) for pattern in patterns]
-    whole = run(patterns, method)
+    guesses = [None, 2, 9, 3] if method == "guided" else None
+    whole = run(patterns, method, guesses=guesses)
 
-    first = Search(lengths, method)
+    first = Search(lengths, method, guesses)
     for _ in range(stop):
         if not first.questions():
             break
@@ -111,9 +129,11 @@ def test_interrupted_and_continued_asks_the_same(method, stop):
     saved = json.loads(json.dumps(first.get_state()))
     asked = []
     traces = [steps(n) for n in lengths]
-    rest = prune.prune(traces, student(patterns, asked), method=method, state=saved)
+    rest = prune.prune(
+        traces, student(patterns, asked), method=method, guesses=guesses, state=saved
+    )
 
-    if method == "binary":
+    if method != "exhaustive":
         assert rest == whole  # the questions of a trace, in order, and their answers
     for a, b in zip(rest, whole, strict=True):
         assert (a.kept, dict(a.asked)) == (b.kept, dict(b.asked))
@@ -152,6 +172,9 @@ def test_a_state_of_another_search_is_refused():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"prune\.method is 'linear'; it must be one of binary"):
         Search([1], "linear")
+    for method, guesses in (("binary", [1]), ("guided", None)):
+        with pytest.raises(ValueError, match="guesses are for guided, which needs them"):
+            Search([1], method, guesses)
     with pytest.raises(ValueError, match="returned 1 answers to 2 questions"):
         prune.prune([steps(2), steps(2)], lambda questions: [True])
 
@@ -166,13 +189,6 @@ def test_the_first_correct_solution():
     assert cut("13") == Pruned(4, 1)  # right by accident counts too: that is this baseline's flaw
     assert cut("14") == Pruned(4, None, prune.NO_SOLUTION)
     assert prune.first_correct_solution([], bool) == Pruned(0, None, prune.NO_STEPS)
-
-
-def test_the_shortest_correct_sample():
-    assert prune.shortest_correct([5, 3, 4, 4], [True, False, True, True]) == 2
-    assert prune.shortest_correct([5, 3], [False, False]) is None
-    with pytest.raises(ValueError):
-        prune.shortest_correct([5, 3], [True])
 
 
 def test_a_random_cut_is_uniform_and_seeded():
@@ -196,7 +212,7 @@ def test_the_report_by_hand():
         [],  # dropped
     ]
     tokens = [[10, 10, 20, 40], [1, 1, 1, 1], [7] * 5, []]
-    whole = prune.report(run(patterns, "exhaustive"), tokens)
+    whole = prune.report(run(patterns, "exhaustive"), tokens, "exhaustive")
     assert whole == prune.Report(
         num_traces=4, num_kept=2, dropped={prune.FULL_NOT_VALID: 1, prune.NO_STEPS: 1},
         kept_steps=3 / 8, steps_before=4.0, steps_after=1.5, kept_tokens=21 / 84,
@@ -207,10 +223,13 @@ def test_the_report_by_hand():
                      (3, 2 / 3), (0, None), (3, 2 / 3)),
         non_monotone=1 / 3, binary_agrees=1.0,
     )  # fmt: skip
-    binary = prune.report(run(patterns), tokens)
+    binary = prune.report(run(patterns), tokens, "binary")
     assert (binary.questions, binary.max_questions, binary.num_kept) == (7, 3, 2)
     assert binary.non_monotone is None and binary.kept_tokens == pytest.approx(23 / 84)
-    nothing = prune.report([], [])
+    # All that binary search asks of two steps is every prefix, and tells nothing of monotony.
+    short = prune.report(run([[True, True], [False, True], [True]]), [[1, 1]] * 2 + [[1]], "binary")
+    assert short.questions == 5 and short.non_monotone is short.binary_agrees is None
+    nothing = prune.report([], [], "exhaustive")
     assert nothing.kept_tokens is nothing.non_monotone is None and nothing.questions == 0
     with pytest.raises(ValueError, match="other numbers of steps"):
-        prune.report(run(patterns), [*tokens[:3], [1]])
+        prune.report(run(patterns), [*tokens[:3], [1]], "binary")

@@ -180,6 +180,42 @@ def test_a_record_without_a_field_that_is_read_is_dropped_and_says_so(tmp_path):
     assert reason.startswith("domain_field is 'field'; the record has question, reasoning")
 
 
+def test_each_trace_of_a_record_has_its_own_grade(tmp_path):
+    both = {"problem": "p", "generations": ["<think>\na\n</think>9", "<think>\nb\n</think>7"]}
+    rows = [both | {"problem": f"p{i}", "correctness_math_verify": grades}
+            for i, grades in enumerate(([False, True], [True, False]))]  # fmt: skip
+    section = stage(tmp_path, rows, keep="correct", correct_field="correctness_math_verify")
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    graded = defaults.source(
+        name="mine", kind="openr1", path=str(tmp_path / "mine.jsonl"), choose="all",
+        keep_wrong=True, complete_field="",
+    )  # fmt: skip
+    section.data.sources = ConfigDict({"mine": graded})
+    pipeline.run(alone(section), tmp_path / "run")
+    kept, dropped, _ = outcome(tmp_path / "run")
+    assert [(one["question"], one["response"]) for one in kept] == [("p0", "7"), ("p1", "9")]
+    assert [one["reason"] for one in dropped] == ["not correct"] * 2
+
+
+def test_a_trace_without_tags_stays_one(tmp_path):
+    section = stage(tmp_path, [record("a", reasoning=None)], quality=dict(needs_reasoning=False))
+    pipeline.run(alone(section), tmp_path / "run")
+    (kept,), _, _ = outcome(tmp_path / "run")
+    assert kept["reasoning"] is None
+
+
+def test_trusted_traces_are_in_and_the_last_are_drawn_by_the_histogram(tmp_path):
+    records = [record(f"q{i}", 3 + i, field="ab"[i % 2], sure=i == 3) for i in range(20)]
+    section = stage(
+        tmp_path, records, limit=6, domain_field="field", trusted_field="sure",
+        diversity=dict(num_uniform=1, histogram={"a": 1.0}),
+    )  # fmt: skip
+    pipeline.run(alone(section), tmp_path / "run")
+    kept, _, _ = outcome(tmp_path / "run")
+    assert {"mine/3": "b"}.items() <= {one["id"]: one["domain"] for one in kept}.items()
+    assert [one["domain"] for one in kept].count("a") == 5
+
+
 def test_random_is_a_draw_of_the_same_size(tmp_path):
     records = [record(f"question {i}", 3 + i) for i in range(30)]
     section = stage(tmp_path, records, method="random", limit=10)
@@ -312,6 +348,11 @@ def test_what_the_data_cannot_give_is_named(tmp_path, changes, says):
         (dict(solved_by="format"), r"solved_by is 'format'; it must be one of rewards: accuracy"),
         (dict(prompt_template="Q: "), r"prompt_template is 'Q: '; it must have \{question\}"),
         (dict(limit=-1), r"limit is -1; it must be 0 or more"),
+        (dict(trusted_field="sure"), r"trusted_field 'sure'; only method s1k with a limit above 0"),
+        (
+            dict(limit=3, diversity=dict(num_uniform=2)),
+            r"diversity\.num_uniform is 2 .*both or nei",
+        ),
         (dict(batch=0), r"batch is 0; it must be 1 or more"),
         (dict(quality=dict(min_tokens=9, max_tokens=8)), r"quality\.max_tokens is 8; it must be"),
         (dict(deduplicate=dict(threshold=1.5)), r"deduplicate\.threshold is 1\.5; it must be abov"),

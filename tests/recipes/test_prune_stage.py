@@ -145,7 +145,7 @@ def test_a_student_that_cannot_answer_keeps_nothing(tmp_path):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        (dict(method="halves"), r"method is 'halves'; it must be one of binary, exhaustive, first"),
+        (dict(method="halves"), r"method is 'halves'; it must be one of binary, guided, exhaus"),
         (dict(batch=0), r"batch is 0; it must be 1 or more"),
         (dict(init={"from": ""}), r"init\.from is ''; traces are pruned for a student"),
         (dict(solved_by="format"), r"solved_by is 'format'; it must be one of rewards: accuracy"),
@@ -158,7 +158,56 @@ def test_what_cannot_run_is_named(changes, says):
 
 
 @pytest.mark.parametrize(
-    "step, names", [("6-11=-5", True), ("x is -5.", True), ("-55", False), ("3-5=-2", False)]
-)
-def test_a_step_names_an_answer_as_a_number_of_its_own(step, names):
-    assert prune._has("-5")(step) == names
+    "answer, step, comes",
+    [
+        ("-5", "6-11=-5", True), ("-5", "x is -5.", True), ("-5", "-55", False),
+        ("-5", "3-5=-2", False), ("-5", "-5+3=-2", False),  # an operand is no result
+        ("5", "so = 5,000", False), ("1234", "= 1,234 euros", True),
+        ("1/2", r"p = \frac{1}{2}", True), ("5", r"=7, or \boxed{5}", True),
+        ("5", r"=5, or \boxed{7}", False), ("x+1", "y = x+1.", True), ("x+1", "y = x+12", False),
+        (r"The answer is \boxed{6}.", "2*3=6", True),  # a whole response
+    ],
+)  # fmt: skip
+def test_what_a_step_comes_to(answer, step, comes):
+    assert prune._has(answer)(step) == comes
+
+
+def records(tmp_path, *content) -> dict:
+    (tmp_path / "chains.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content))
+    return {"data": {"limit": 0, "sources": {"chains": defaults.source(
+        name="chains", path=str(tmp_path / "chains.jsonl"), messages_field="messages"
+    )}}}  # fmt: skip
+
+
+def turns(*contents, answer="6") -> dict:
+    roles = ("system", "user", "assistant", "user", "assistant")[len(contents) == 2 :]
+    made = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+    return {"messages": made, "answer": answer}
+
+
+@pytest.mark.parametrize("method", ["binary", "guided"])
+def test_what_cannot_be_pruned_is_dropped_and_counted(method, tmp_path, monkeypatch):
+    """A system turn goes along; records of several turns or without the field do not end a run."""
+    monkeypatch.setattr(prune, "Student", Oracle)
+    thought = "<think>\n2+3=5\n3+3=6\nsure 5+1=6\n</think>\n\n6"
+    good = turns("Be brief.", "3+3", thought)
+    several = turns("s", "2+2", "4", "3+3", thought)
+    without = {"messages": turns("3+3", thought)["messages"]}
+    found = records(tmp_path, good, several, without, turns("3+3", "6"), {"messages": []})
+    config = config_of(stage(answer_field="answer", method=method, **found))
+    del config.stages["sft"], config.stages["dpo"]
+    pipeline.run(config, tmp_path / "run")
+    (one,) = read_lines(tmp_path / "run/data/prune.jsonl")
+    assert (one["system"], one["question"], one["reasoning"]) == (
+        "Be brief.",
+        "3+3",
+        "2+3=5\n3+3=6",
+    )
+    (pair,) = read_lines(tmp_path / "run/data/prune.pairs.jsonl")
+    assert [turn["role"] for turn in pair["prompt"]] == ["system", "user"]
+    marker = json.loads((tmp_path / "run/stages/prune.json").read_text())
+    assert marker["dropped"] == {
+        "several turns": 1, "no reasoning": 1,
+        "answer_field is 'answer'; the record has messages": 1,
+    }  # fmt: skip
+    assert (marker["num_kept"], marker["quarantined"]) == (1, 1)

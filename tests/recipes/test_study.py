@@ -205,6 +205,11 @@ def test_comparisons_are_by_problem():
     )
     assert number == 4 and gain == pytest.approx((0 + 1 + 0 + 0.75) / 4)
     assert low >= 0 and high <= 1
+    many = [
+        cell(arm, correct) | {"metrics_samples": 16} for arm, correct in (("a", "g3"), ("b", "2b"))
+    ]
+    gain, _, number = study_report.compare(many[:1], many[1:])  # 16 and 3 of 16, 2 and 11
+    assert (gain, number) == ((16 + 3 - 2 - 11) / 32, 2)
     with pytest.raises(ValueError, match=r"a-0, b-0 have \[2, 3\] problems"):
         study_report.compare([cell("a", "44")], [cell("b", "444")])
 

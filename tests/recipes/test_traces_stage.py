@@ -412,6 +412,8 @@ def test_a_server_that_dies_costs_the_batch_in_flight(tmp_path, capsys):
         first = every.read_bytes()
         assert len(first.splitlines()) == 20
     with serving(sums) as server:  # elsewhere; how a server is asked may change too
+        # All of the last batch, of 4 questions, is refused: counted, and no end of the run.
+        server.script = [None] * 60 + [openai_server.status(400, "too long")] * 16
         flags = asked(server.url, "--config.stages.traces.server.concurrency=2")
         assert run(tmp_path / "run", *flags, arg="traces") == 0
         assert len(server.bodies) == 76 and every.read_bytes().startswith(first)

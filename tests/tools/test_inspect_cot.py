@@ -5,7 +5,9 @@ import importlib.util
 import json
 import pathlib
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from jaxreason.data.arithmetic import ArithmeticConfig, records
 from jaxreason.reasoning.reflect import summarize
@@ -114,6 +116,31 @@ def test_records_of_other_data_sets(inspect_cot, tmp_path, capsys):
     assert only["mean_tokens"] == 8 and only["unit"] == "tokens"  # 11 and 5 bytes
     assert "skipped: 1 records without a trace" in capsys.readouterr().err
     assert "first standing" not in (tmp_path / "f.svg").read_text()
+
+
+def test_published_data_sets_and_the_projects_own_files(tmp_path):
+    s1k = {"question": "Q", "solution": "the reference", "attempt": "7", "cot": None,
+           "thinking_trajectories": ["Wait, 3+4=7"]}  # fmt: skip
+    openr1 = {"problem": "P", "solution": "S", "generations": ["<think>\na\n</think>\n7", "b"],
+              "correctness_math_verify": [True, False]}  # fmt: skip
+    open_thoughts = {"system": "s", "conversations": [
+        {"from": "user", "value": "U"},
+        {"from": "assistant",
+         "value": "<|begin_of_thought|>\nhmm\n<|end_of_thought|>\n\n7"}]}  # fmt: skip
+    sampled = {"id": "x/0", "question": "Q", "answer": "7", "reasoning": None, "response": "so 7",
+               "num_tokens": 3, "truncated": True, "correct": False}  # fmt: skip
+    want = {
+        "s1k": (s1k, [("Q", "Wait, 3+4=7", None, None)]),
+        "openr1": (openr1, [("P", "a", True, None), ("P", "b", False, None)]),
+        "open_thoughts": (open_thoughts, [("U", "hmm", None, None)]),
+        "traces.all": (sampled, [("Q", "so 7", False, True)]),
+    }
+    for name, (row, found) in want.items():
+        table = tmp_path / f"{name}.parquet"
+        parquet.write_table(pa.Table.from_pylist([row]), table)
+        for path in (str(table), write(tmp_path / f"{name}.jsonl", [row])):
+            (only,) = read_traces([path], {}, WORDS).sets.values()
+            assert [(t.question, t.text, t.correct, t.truncated) for t in only.traces] == found
 
 
 def test_what_is_malformed_is_counted_and_named(inspect_cot, tmp_path, capsys):
