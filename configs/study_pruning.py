@@ -1,6 +1,6 @@
 """Long chains cut to what their student needs: what is lost in accuracy, what is saved in tokens.
 
-  python -m jaxreason.launch --config=study_pruning          on 2 CPU cores, half an hour or so
+  python -m jaxreason.launch --config=study_pruning          on 2 CPU cores, about an hour
   python -m jaxreason.launch --config=study_pruning:smoke    the same in little
 
 After Efficient Long CoT (arXiv 2505.18440), on the arithmetic of study_valley: of the long chains
@@ -13,10 +13,12 @@ much of each it needs. From the same start, in as many updates:
   guided         the same search, which asks first after the step that comes to the answer
   first correct  cut after that step, nobody asked (the paper's baseline)
   random         cut anywhere
-  dpo            after `guided`, the cut over the full chain, with 0.3 of the SFT loss
+  dpo            after `guided`, the cut over the full chain, with 0.3 of the SFT loss, at 1e-4
+  dpo 2e-5       the same at a fifth of the rate
 
-`guided` and what `dpo` follows were added when the first cells of `pruned` were in: two of three
-chains were not monotone for their student, and halving lands in reviews.
+`guided` and what `dpo` follows were added when the first cells of `pruned` were in (two of three
+chains were not monotone for their student, and halving lands in reviews), `dpo 2e-5` when `dpo` had
+lost 0.15.
 
 Three seeds, of the expressions and their order, on the same 2,000 held-out expressions. `full`
 also asks the student after every step of its first 200 chains. What binary search takes for
@@ -42,7 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
         folder="runs/study_pruning_smoke" if smoke else "docs/study/pruning",
         title="Pruned chains of thought, on arithmetic",
         compare=(("pruned", "full"), ("guided", "full"), ("first correct", "full"),
-                 ("random", "full"), ("dpo", "full"), ("dpo", "guided")),
+                 ("random", "full"), ("dpo", "full"), ("dpo", "guided"), ("dpo 2e-5", "full"),
+                 ("dpo 2e-5", "guided")),
     )  # fmt: skip
     c.cells["start"] = valley.cells["tiny-start"]
     for seed in range(1 if smoke else SEEDS):
@@ -75,11 +78,13 @@ def get_config(arg: str = "") -> ConfigDict:
         ):
             name = f"{arm.replace(' ', '_')}-{seed}"
             c.cells[name] = cell(arm, prune={**prune, "method": method}, sft=stage)
-        c.cells[f"dpo-{seed}"] = cell("dpo", dpo=_dpo(stage, seed, smoke))
+        for arm, rate in (("dpo", 1e-4), ("dpo 2e-5", 2e-5)):
+            name = f"{arm.replace(' ', '_')}-{seed}"
+            c.cells[name] = cell(arm, dpo=_dpo(stage, seed, smoke, rate))
     return c
 
 
-def _dpo(stage: dict, seed: int, smoke: bool) -> ConfigDict:
+def _dpo(stage: dict, seed: int, smoke: bool, rate: float) -> ConfigDict:
     """beta 0.1 and 0.3 of the SFT loss (objective `pruning`); a pair of rows holds both chains."""
     dpo = ConfigDict(stage)
     dpo.init["from"] = f"guided-{seed}@sft"
@@ -94,5 +99,5 @@ def _dpo(stage: dict, seed: int, smoke: bool) -> ConfigDict:
     }
     dpo.data.update(packing="first_fit", rows=16, length=448, examples_per_batch=None)
     dpo.train.update(objective="pruning", steps=2 if smoke else 64)
-    dpo.train.optimizer.update(learning_rate=1e-4, warmup_steps=1 if smoke else 6)
+    dpo.train.optimizer.update(learning_rate=rate, warmup_steps=1 if smoke else 6)
     return dpo
