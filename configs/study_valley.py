@@ -215,7 +215,7 @@ def _source(rendering: str) -> dict:
 
 
 def _prune(student: str) -> dict:
-    stage = defaults.prune_config(max_tokens=8, rows=640)
+    stage = defaults.prune_config(method="binary", max_tokens=8, rows=640)
     stage["init"]["from"] = student
     stage["data"]["sources"] = {"arithmetic": _source("long_cot")}
     stage["segment"].update(rules=("line",), min_chars=0)

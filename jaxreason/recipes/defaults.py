@@ -296,7 +296,7 @@ def prune_config(**changes) -> dict:
         # binary: by the student's answers | guided: the same, asked first after the step that
         # first comes to the answer | exhaustive: every prefix asked | first_correct: after that
         # step, nobody asked | random
-        "method": "binary",
+        "method": "guided",
         "max_tokens": 64,  # of an answer
         "batch": 1024,  # traces in flight, and what a kill can lose
         "rows": 256,  # slots of the engine
