@@ -1,6 +1,7 @@
 """The stage of kind prune: what it refuses, and a run that prunes, trains and prefers."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from jaxreason import launch
 from jaxreason.recipes import defaults, pipeline, prune
 from jaxreason.report.summary import read_lines
+from jaxreason.types import Completion
 
 TRACES = dict(
     name="arithmetic", kind="arithmetic", rendering="long_cot", split="train",
@@ -140,6 +142,35 @@ def test_a_student_that_cannot_answer_keeps_nothing(tmp_path):
         pipeline.run(config_of(stage()), tmp_path)
     asked = [one["asked"] for one in read_lines(tmp_path / "data" / "prune.all.jsonl")]
     assert len(asked) == 40 and all(len(a) == 1 and a[0][1] is False for a in asked)
+
+
+def test_the_student_is_asked_from_the_first_steps_and_graded(tmp_path, monkeypatch):
+    """The real one with a model that repeats the last number of its prompt."""
+    prompts = []
+
+    def generator(config, tokenizer, model, rows, encode=None):
+        def generate(params, asked, sampling, key):
+            assert sampling.temperature == 0 and sampling.max_tokens == 8
+            found = [tokenizer.decode(encode(one)) for one in asked]
+            prompts.extend(found)
+            said = [re.findall(r"-?\d+", prompt)[-1] for prompt in found]
+            return [[Completion(f"{text}", (), (), False)] for text in said]
+
+        return generate
+
+    monkeypatch.setattr(prune.evaluation, "generator", generator)
+    thought = "<think>\n2*3=6\nagain 1+2=3\nso 2*3=6\n</think>\n\n6"
+    one = turns("Be brief.", "2*3", thought)
+    config = config_of(stage(answer_field="answer", method="exhaustive", **records(tmp_path, one)))
+    del config.stages["sft"], config.stages["dpo"]
+    pipeline.run(config, tmp_path / "run")
+    (every,) = read_lines(tmp_path / "run/data/prune.all.jsonl")
+    assert every["asked"] == [[3, True], [2, False], [1, True]] and every["kept"] == 1
+    assert all("Be brief." in prompt and "2*3<think>" in prompt for prompt in prompts)
+    assert [prompt.count("=") for prompt in prompts] == [3, 2, 1]
+    assert all(prompt.rstrip().endswith("</think>") for prompt in prompts)
+    marker = json.loads((tmp_path / "run/stages/prune.json").read_text())
+    assert (marker["non_monotone"], marker["questions"]) == (1.0, 3)
 
 
 @pytest.mark.parametrize(
