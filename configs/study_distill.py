@@ -1,6 +1,6 @@
 """One student, one teacher, the same questions: what each way of distilling buys, and costs.
 
-  python -m jaxreason.launch --config=study_distill          on 2 CPU cores, not run yet
+  python -m jaxreason.launch --config=study_distill          on 2 CPU cores, an hour and more
   python -m jaxreason.launch --config=study_distill:smoke    the same grid in little
 
 The teacher is a model of 3.2M parameters that was taught arithmetic (2 to 4 operations) by short
@@ -20,8 +20,8 @@ student, and a student that knew its questions by heart was nothing for RL.)
   curated, random 128 of the chains of `SCoTD N=8`: by s1's rules (what `SCoTD N=1` or the student
                   solves is dropped, long ones first), or drawn
   gated           one chain a question: each token is the teacher's where the student gives it 1 %
-                  at least and else the student's own (2509.22230), or the teacher's all along,
-                  which is `SCoTD N=1`
+                  at least and else the student's own (2509.22230); ungated is `SCoTD N=1`
+  gated, knowing  the gate is `SCoTD N=1`, which knows what a chain is (added when `gated` was in)
   logit KD        the teacher's distributions on its chains, forward KL
   GKD             those on the student's own samples in half of the steps, JSD (2306.13649)
   MiniLLM         reverse KL of whole samples (2306.08543)
@@ -34,6 +34,8 @@ student, and a student that knew its questions by heart was nothing for RL.)
 
 Three seeds of SCoTD N=1, SCoTD N=8, logit KD, OPD and RL.
 """
+
+import re
 
 from ml_collections import ConfigDict
 
@@ -55,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         title="Ways to distil, on arithmetic",
         compare=(
             ("step by step", "label only"), ("SCoTD N=8", "SCoTD N=1"), ("SCoTD N=30", "SCoTD N=8"),
-            ("curated", "random"), ("gated", "SCoTD N=1"), ("OPD", "RL"), ("OPD", "RL 3e-4"),
+            ("curated", "random"), ("gated", "SCoTD N=1"), ("gated, knowing", "SCoTD N=1"), ("OPD", "RL"), ("OPD", "RL 3e-4"),
             ("GKD", "OPD"), ("MiniLLM", "OPD"), ("logit KD", "SCoTD N=8"),
         ),
     )  # fmt: skip
@@ -72,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.stages = stages
         if set(stages) == {"rl"}:
             config.eval.every = 1 if smoke else 5  # how many updates they take
-        name = arm.replace(" ", "_").replace("=", "")
+        name = re.sub("[=,]", "", arm).replace(" ", "_")
         c.cells[f"{name}-{seed}"] = defaults.cell(config, arm=arm)
 
     learn = lambda sources, **changes: _sft(start, sources, smoke, **changes)
@@ -88,9 +90,10 @@ def get_config(arg: str = "") -> ConfigDict:
     add("Fine-tune-CoT", 0, {"traces": _traces(8, smoke, temperature=0.7), "sft": learn(_kept())})
     add("label only", 0, {"sft": learn({"arithmetic": _written("answer")})})
     add("step by step", 0, {"sft": _step_by_step(learn)})
-    gated = _traces(1, smoke)
-    gated["gate"].update({"from": "student@pretrain", "threshold": 0.01})
-    add("gated", 0, {"traces": gated, "sft": learn(_kept())})
+    for arm, by in (("gated", "student@pretrain"), ("gated, knowing", "SCoTD_N1-0@sft")):
+        gated = _traces(1, smoke)
+        gated["gate"].update({"from": by, "threshold": 0.01})
+        add(arm, 0, {"traces": gated, "sft": learn(_kept())})
     for arm, method, solvers in (
         ("curated", "s1k", ("SCoTD_N1-0@sft", "student@pretrain")),
         ("random", "random", ()),
