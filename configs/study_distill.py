@@ -58,7 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
         compare=(
             ("step by step", "label only"), ("SCoTD N=8", "SCoTD N=1"), ("SCoTD N=30", "SCoTD N=8"),
             ("curated", "random"), ("gated", "SCoTD N=1"), ("gated, knowing", "SCoTD N=1"),
-            ("OPD", "RL"), ("OPD", "RL 3e-4"), ("GKD", "OPD"), ("MiniLLM", "OPD"), ("logit KD", "SCoTD N=8"),
+            ("OPD", "RL"), ("OPD", "RL 3e-4"), ("GKD", "OPD"), ("MiniLLM", "OPD"),
+            ("logit KD", "SCoTD N=8"),
         ),
     )  # fmt: skip
     start = valley.cells["tiny-start"].config
