@@ -29,10 +29,11 @@ student, and a student that knew its questions by heart was nothing for RL.)
   RL              no teacher: right or wrong, DAPO's loss, at 1e-4 where OPD, GKD and MiniLLM have
                   3e-4, and with 8 samples a prompt where they have 4
   RL 3e-4         at their rate
+  OPD 1e-4, 3e-5  at RL's rate and below (added when `OPD` had done harm)
   LFM             all chains of N=30 once, in batches of 256 at twice the rate, then RL on what is
                   solved 20 to 80 % of the time, shorter answers first
 
-Three seeds of SCoTD N=1, SCoTD N=8, logit KD, OPD and RL.
+Three seeds of SCoTD N=1, SCoTD N=8, logit KD, OPD (at both rates) and RL.
 """
 
 import re
@@ -58,7 +59,8 @@ def get_config(arg: str = "") -> ConfigDict:
         compare=(
             ("step by step", "label only"), ("SCoTD N=8", "SCoTD N=1"), ("SCoTD N=30", "SCoTD N=8"),
             ("curated", "random"), ("gated", "SCoTD N=1"), ("gated, knowing", "SCoTD N=1"),
-            ("OPD", "RL"), ("OPD", "RL 3e-4"), ("GKD", "OPD"), ("MiniLLM", "OPD"),
+            ("OPD", "RL"), ("OPD 1e-4", "RL"), ("OPD", "RL 3e-4"), ("GKD", "OPD 1e-4"),
+            ("MiniLLM", "OPD 1e-4"), ("OPD 1e-4", "SCoTD N=1"), ("RL", "SCoTD N=1"),
             ("logit KD", "SCoTD N=8"),
         ),
     )  # fmt: skip
@@ -86,6 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
         taught["train"]["teacher"]["from"] = "teacher@short"
         add("logit KD", seed, {"sft": taught})
         add("OPD", seed, {"rl": _on_policy("opd", seed, smoke)})
+        add("OPD 1e-4", seed, {"rl": _on_policy("opd", seed, smoke, rate=1e-4)})
         add("RL", seed, {"rl": _on_policy("dapo", seed, smoke)})
     add("SCoTD N=30", 0, {"traces": _traces(30, smoke), "sft": learn(_kept())})
     add("Fine-tune-CoT", 0, {"traces": _traces(8, smoke, temperature=0.7), "sft": learn(_kept())})
@@ -102,6 +105,7 @@ def get_config(arg: str = "") -> ConfigDict:
         chosen = _curate(method, solvers, smoke)
         add(arm, 0, {"curate": chosen, "sft": learn(_kept("@curate"))})
     add("RL 3e-4", 0, {"rl": _on_policy("dapo", 0, smoke, rate=3e-4)})
+    add("OPD 3e-5", 0, {"rl": _on_policy("opd", 0, smoke, rate=3e-5)})
     add("GKD", 0, {"rl": _on_policy("gkd", 0, smoke)})
     add("MiniLLM", 0, {"rl": _on_policy("minillm", 0, smoke)})
     add("LFM", 0, _lfm(learn, smoke))
