@@ -103,7 +103,9 @@ def get_config(arg: str = "") -> ConfigDict:
         ("random", "random", ()),
     ):
         chosen = _curate(method, solvers, smoke)
-        add(arm, 0, {"curate": chosen, "sft": learn(_kept("@curate"))})
+        taught = learn(_kept("@curate"))
+        taught["data"]["rows"] = 22  # the longest chains
+        add(arm, 0, {"curate": chosen, "sft": taught})
     add("RL 3e-4", 0, {"rl": _on_policy("dapo", 0, smoke, rate=3e-4)})
     add("OPD 3e-5", 0, {"rl": _on_policy("opd", 0, smoke, rate=3e-5)})
     add("GKD", 0, {"rl": _on_policy("gkd", 0, smoke)})
