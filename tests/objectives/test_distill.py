@@ -164,6 +164,7 @@ def test_nothing_is_learnt_from_oneself():
     assert float(metrics["teacher_agreement"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_adapters_learn_beside_a_teacher():
     """`frozen` holds the base that they adapt and the teacher's tree."""
     model = student().adapted(LoraConfig(rank=2))

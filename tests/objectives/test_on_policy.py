@@ -73,7 +73,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["gkd", "minillm", pytest.param("gkd beside rewards", marks=pytest.mark.slow)]
+)
 def test_loss_and_gradient_are_those_of_whole_logits(name):
     algorithm = CASES[name]
     objective = objective_of(algorithm, teacher())

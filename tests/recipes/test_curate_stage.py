@@ -233,6 +233,7 @@ def test_random_is_a_draw_of_the_same_size(tmp_path):
 # ------------------------------------------------------------------------------- difficulty
 
 
+@pytest.mark.slow
 def test_what_is_easy_goes_and_of_the_rest_each_domain_gives_its_long_traces(tmp_path, monkeypatch):
     monkeypatch.setattr(curate, "Solver", Oracle)
     records = [

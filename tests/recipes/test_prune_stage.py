@@ -136,6 +136,7 @@ def check_pruned(workdir):
     return pruned
 
 
+@pytest.mark.slow
 def test_a_student_that_cannot_answer_keeps_nothing(tmp_path):
     """The real one, through the engine: a base that has seen two batches is never right."""
     with pytest.raises(ValueError, match=r"not one trace is kept: .*full trace not valid"):
@@ -216,8 +217,7 @@ def turns(*contents, answer="6") -> dict:
     return {"messages": made, "answer": answer}
 
 
-@pytest.mark.parametrize("method", ["binary", "guided"])
-def test_what_cannot_be_pruned_is_dropped_and_counted(method, tmp_path, monkeypatch):
+def test_what_cannot_be_pruned_is_dropped_and_counted(tmp_path, monkeypatch):
     """A system turn goes along; records of several turns or without the field do not end a run."""
     monkeypatch.setattr(prune, "Student", Oracle)
     thought = "<think>\n2+3=5\n3+3=6\nsure 5+1=6\n</think>\n\n6"
@@ -225,7 +225,7 @@ def test_what_cannot_be_pruned_is_dropped_and_counted(method, tmp_path, monkeypa
     several = turns("s", "2+2", "4", "3+3", thought)
     without = {"messages": turns("3+3", thought)["messages"]}
     found = records(tmp_path, good, several, without, turns("3+3", "6"), {"messages": []})
-    config = config_of(stage(answer_field="answer", method=method, **found))
+    config = config_of(stage(answer_field="answer", **found))
     del config.stages["sft"], config.stages["dpo"]
     pipeline.run(config, tmp_path / "run")
     (one,) = read_lines(tmp_path / "run/data/prune.jsonl")

@@ -50,6 +50,7 @@ def files(workdir) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".npz"}
 
 
+@pytest.mark.slow
 def test_a_student_of_all_stored_tokens_learns_as_beside_the_teacher(learnt):
     """k is the whole vocabulary: the same losses, but for log-probs kept in bfloat16 (0.2 %)."""
     marker = json.loads((learnt / "stages/topk.json").read_text())
@@ -64,6 +65,7 @@ def test_a_student_of_all_stored_tokens_learns_as_beside_the_teacher(learnt):
     assert list(summary["stages"]) == ["start", "teacher", "online", "topk", "stored"]
 
 
+@pytest.mark.slow
 def test_a_store_is_of_the_size_that_was_said(learnt):
     store = logits.Store(
         learnt / "data/topk/a", vocabulary=header(learnt)["vocabulary"], num_documents=24
@@ -80,6 +82,7 @@ def header(workdir) -> dict:
     return json.loads((workdir / "data/topk/a/header.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_without_gaps_or_duplicates(learnt, tmp_path, monkeypatch):
     """It dies in its third part, with a hidden file left; what is there is not written again."""
     teacher = f"--config.stages.topk.init.from={learnt}@teacher"
@@ -124,6 +127,7 @@ def test_a_store_that_will_be_of_something_else_is_refused_at_once(flag, says, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_store_at_another_temperature_is_refused(learnt, tmp_path, capsys):
     """One of another run, too, before anything is trained."""
     flags = [f"--config.stages.stored.data.teacher={learnt}/data/topk",
@@ -134,6 +138,7 @@ def test_a_store_at_another_temperature_is_refused(learnt, tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_tokens_is_refused(learnt, tmp_path, capsys):
     """By what its ids say; where no tokenizer lies beside it, by how many its head has."""
     words = "\n".join(json.dumps({"text": f"{n} plus {n * 7} is {n * 8}"}) for n in range(200))
@@ -158,6 +163,7 @@ def test_a_teacher_of_other_tokens_is_refused(learnt, tmp_path, capsys):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_ids_that_are_no_tokens_are_refused(learnt):
     store = logits.Store(
         learnt / "data/topk/a", vocabulary=header(learnt)["vocabulary"], num_documents=24,

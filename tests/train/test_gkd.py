@@ -105,6 +105,7 @@ def test_both_kinds_of_steps_come_near_the_teacher(whole):
     assert sampled == {r["step"] for r in records if r["rollout/on_policy"]}
 
 
+@pytest.mark.slow
 def test_a_run_that_died_is_resumed_bit_for_bit(tmp_path, whole):
     """In its 4th step, after the checkpoint of the 2nd; save_every is 2."""
     calls = []
