@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxreason.data import arithmetic, countdown
@@ -325,6 +326,39 @@ def left_out(opened: Iterable[Source]) -> dict[str, int]:
     sources = list(opened)
     count = lambda name: sum(getattr(one, name, 0) for one in sources)
     return {"quarantined": count("num_quarantined"), "filtered": count("num_filtered")}
+
+
+class Records:
+    """The records of several sources in their order, by ids "SOURCE/NUMBER".
+
+    Args:
+      limit: only so many, the first; 0: all.
+
+    Raises ValueError as open_source does.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, SourceConfig],
+        data_dir: str | os.PathLike,
+        seed: int = 0,
+        limit: int = 0,
+    ):
+        self._configs = dict(sources)
+        self._opened = {name: open_source(one, data_dir, seed) for name, one in sources.items()}
+        self._limit = limit or None
+        self.left_out = left_out(self._opened.values())
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids."""
+        every = (f"{name}/{i}" for name, source in self._opened.items() for i in range(len(source)))
+        return itertools.islice(every, self._limit)
+
+    def __getitem__(self, record_id: str) -> tuple[dict[str, Any], tuple[Message, ...]]:
+        """A record, and what it says as a conversation; () where it is none."""
+        name, _, index = record_id.rpartition("/")
+        record = self._opened[name][int(index)]
+        return record, getattr(to_example(self._configs[name], record), "messages", ())
 
 
 def to_prompt(config: SourceConfig, record: Mapping[str, Any]) -> str:

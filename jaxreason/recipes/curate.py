@@ -204,24 +204,16 @@ class Pool:
         self, config: ConfigDict, stage: CurateStage, workdir: Workdir, tokenizer: Tokenizer
     ):
         self._stage, self._tokenizer = stage, tokenizer
-        self._opened = {
-            name: sources_lib.open_source(source, workdir.data, config.seed)
-            for name, source in stage.sources.items()
-        }
-        self.left_out = sources_lib.left_out(self._opened.values())
+        limit = stage.section.data.limit
+        self._records = sources_lib.Records(stage.sources, workdir.data, config.seed, limit)
+        self.left_out = self._records.left_out
 
     def __iter__(self) -> Iterator[Candidate]:
-        number, limit = 0, self._stage.section.data.limit
-        for name, source in self._opened.items():
-            for index in range(len(source)):
-                if limit and number == limit:
-                    return
-                number += 1
-                yield self._candidate(f"{name}/{index}")
+        return map(self._candidate, self._records)
 
     def record(self, trace_id: str) -> dict[str, Any]:
         """A trace as it is written, without what was found out of it."""
-        _, messages = self._read(trace_id)
+        _, messages = self._records[trace_id]
         system = [m.content for m in messages if m.role == "system"]
         return {
             "id": trace_id,
@@ -231,18 +223,9 @@ class Pool:
             "response": messages[-1].content,
         }
 
-    def _read(self, trace_id: str) -> tuple[dict[str, Any], Sequence[Message]]:
-        name, _, index = trace_id.rpartition("/")
-        record = self._opened[name][int(index)]
-        return record, sources_lib.to_example(self._stage.sources[name], record).messages
-
     def _candidate(self, trace_id: str) -> Candidate:
-        section, (record, messages) = self._stage.section, self._read(trace_id)
-        missing = [
-            f"{key} is {section[key]!r}; the record has {', '.join(record)}"
-            for key in _READ
-            if section[key] and section[key] not in record
-        ]
+        section, (record, messages) = self._stage.section, self._records[trace_id]
+        missing = trace_files.lacking(record, section, *_READ)
         last = messages[-1]
         tokens = len(self._tokenizer.encode(last.reasoning or ""))
         domain, correct, answer = (section[key] for key in _READ)
@@ -255,7 +238,7 @@ class Pool:
             correct=is_true(record, [correct], 0) if correct in record else None,
             answer=str(record.get(answer, last.content)),
             trusted=is_true(record, [section.trusted_field], 0),
-            fault=missing[0] if missing else _fault(section.quality, record, messages, tokens),
+            fault=missing or _fault(section.quality, record, messages, tokens),
         )
 
 

@@ -11,10 +11,11 @@ traces of a batch at once. Three files come of it in the run's data folder:
 
 import collections
 import dataclasses
+import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -119,7 +120,8 @@ def check_data(
 
 
 def _check_chains(config: ConfigDict, stage: PruneStage, workdir: Workdir) -> None:
-    found = [c for c, _ in zip(Chains(config, stage, workdir), range(1_000))]
+    records = _records(config, stage, workdir)
+    found = [_chain(stage, records, one) for one in itertools.islice(records, 1_000)]
     chains = [chain for chain in found if isinstance(chain, Chain)]
     if not chains:
         raise ValueError(
@@ -130,41 +132,27 @@ def _check_chains(config: ConfigDict, stage: PruneStage, workdir: Workdir) -> No
         reward.check([Prompt(c.id, c.question, c.answer, c.id.split("/")[0]) for c in chains])
 
 
-class Chains:
-    """Of every record of the sources, in order, the chain, or why it has none to prune."""
+def _chain(stage: PruneStage, records: sources_lib.Records, chain_id: str) -> Chain | str:
+    """The chain of a record, or why it has none to prune."""
+    record, messages = records[chain_id]
+    system = next((m.content for m in messages if m.role == "system"), "")
+    turns = [m for m in messages if m.role != "system"]
+    if [m.role for m in turns] != ["user", "assistant"]:
+        return trace_files.SEVERAL_TURNS
+    question, answer = turns
+    if not (answer.reasoning or "").strip():
+        return trace_files.NO_REASONING
+    if missing := trace_files.lacking(record, stage.section, "answer_field"):
+        return missing
+    steps = tuple(segment(answer.reasoning, stage.segmentation))
+    field = stage.section.answer_field
+    gold = str(record[field] if field else answer.content)
+    return Chain(chain_id, question.content, steps, answer.content, gold, system)
 
-    def __init__(self, config: ConfigDict, stage: PruneStage, workdir: Workdir):
-        self._stage = stage
-        self._opened = {
-            name: sources_lib.open_source(source, workdir.data, config.seed)
-            for name, source in stage.sources.items()
-        }
-        self.left_out = sources_lib.left_out(self._opened.values())
 
-    def __iter__(self) -> Iterator[Chain | str]:
-        number, limit = 0, self._stage.section.data.limit
-        for name, source in self._opened.items():
-            for index in range(len(source)):
-                if limit and number == limit:
-                    return
-                number += 1
-                yield self._chain(f"{name}/{index}", self._stage.sources[name], source[index])
-
-    def _chain(self, chain_id: str, config: sources_lib.SourceConfig, record: dict) -> Chain | str:
-        messages = getattr(sources_lib.to_example(config, record), "messages", ())
-        system = next((m.content for m in messages if m.role == "system"), "")
-        turns = [m for m in messages if m.role != "system"]
-        if [m.role for m in turns] != ["user", "assistant"]:
-            return trace_files.SEVERAL_TURNS
-        question, answer = turns
-        if not (answer.reasoning or "").strip():
-            return trace_files.NO_REASONING
-        field = self._stage.section.answer_field
-        if field and field not in record:
-            return f"answer_field is {field!r}; the record has {', '.join(record)}"
-        steps = tuple(segment(answer.reasoning, self._stage.segmentation))
-        gold = str(record[field] if field else answer.content)
-        return Chain(chain_id, question.content, steps, answer.content, gold, system)
+def _records(config: ConfigDict, stage: PruneStage, workdir: Workdir) -> sources_lib.Records:
+    limit = stage.section.data.limit
+    return sources_lib.Records(stage.sources, workdir.data, config.seed, limit)
 
 
 # ----------------------------------------------------------------------------------- the search
@@ -246,8 +234,8 @@ def run_stage(run: Run, stage: PruneStage) -> None:
     if run.workdir.marker(stage.name) and hosts.told(files.kept.exists):
         return
     began = time.monotonic()
-    source = Chains(run.config, stage, run.workdir)
-    found = list(source)
+    records = _records(run.config, stage, run.workdir)
+    found = [_chain(stage, records, one) for one in records]
     chains = [chain for chain in found if isinstance(chain, Chain)]
     without = collections.Counter(why for why in found if isinstance(why, str))
     student = trace_files.author(stage.start, run.workdir)
@@ -257,7 +245,7 @@ def run_stage(run: Run, stage: PruneStage) -> None:
         _search(run, stage, chains, student, files, done)
 
     def outcome() -> dict:
-        counts = _write(run, stage, files, without) | source.left_out
+        counts = _write(run, stage, files, without) | records.left_out
         return {"student": student, **counts, "seconds": round(time.monotonic() - began, 1)}
 
     run.workdir.mark(stage.name, outcome)

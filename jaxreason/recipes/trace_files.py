@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxreason.reasoning.curate import KEEPS, of_question
@@ -72,6 +72,14 @@ def fault(record: dict[str, Any], response: str) -> str | None:
     if record.get("truncated"):
         return "truncated"
     return None if response.strip() else "no_answer"
+
+
+def lacking(record: Mapping[str, Any], section: Mapping[str, Any], *keys: str) -> str | None:
+    """Why a record cannot be used of which these keys of a stage name fields; None: it has them."""
+    for key in keys:
+        if section[key] and section[key] not in record:
+            return f"{key} is {section[key]!r}; the record has {', '.join(record)}"
+    return None
 
 
 class TraceFiles:
