@@ -5,7 +5,7 @@
   python -m jaxreason.launch --config=rationales:hf            Qwen3-0.6B learns them
   python -m jaxreason.launch --config=rationales:smoke         the first in under 3 minutes
 
-The rationales are of Mistral-Small-3.1-24B on generated arithmetic tasks, up to three a question,
+The rationales are of Mistral-Small-3.1-24B on generated arithmetic tasks, three an example,
 each with a score: teacher_rationales/*.jsonl.gz under $JAXREASON_DATA (default ../shared/data);
 fields question, full_model_response, model_answer, expected_answer, score.
 

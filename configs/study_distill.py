@@ -1,6 +1,6 @@
 """One student, one teacher, the same questions: what each way of distilling buys, and costs.
 
-  python -m jaxreason.launch --config=study_distill          2 CPU cores, 107 minutes, tests beside
+  python -m jaxreason.launch --config=study_distill          2 CPU cores, 108 minutes, tests beside
   python -m jaxreason.launch --config=study_distill:smoke    the same grid in little
 
 The teacher is a model of 3.2M parameters that was taught arithmetic (2 to 4 operations) by short

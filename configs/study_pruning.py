@@ -22,7 +22,9 @@ lost 0.15.
 
 Three seeds, of the expressions and their order, on the same 2,000 held-out expressions. `full`
 also asks the student after every step of its first 200 chains. What binary search takes for
-granted, that a longer prefix is never worse, is said in its file under stages.exhaustive.
+granted, that a longer prefix is never worse, is said in its file under stages.exhaustive. As
+`guided` and `dpo 2e-5` were chosen by looking at these seeds, both run `again`, beside `full`, with
+three that nothing was chosen by.
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +33,7 @@ from jaxreason.launch import load_config
 from jaxreason.recipes import defaults
 
 SEEDS = 3
+AGAIN = 3  # further seeds, run after every choice was made
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -39,24 +42,43 @@ def get_config(arg: str = "") -> ConfigDict:
     smoke = arg == "smoke"
     valley = load_config(f"study_valley:{arg}")
     scale = 32 if smoke else 3072
+    again = (("guided again", "full again"), ("dpo 2e-5 again", "guided again"))
     c = defaults.study_config(
         "study_pruning" + ("_smoke" if smoke else ""),
         folder="runs/study_pruning_smoke" if smoke else "docs/study/pruning",
         title="Pruned chains of thought, on arithmetic",
         compare=(("pruned", "full"), ("guided", "full"), ("first correct", "full"),
                  ("random", "full"), ("dpo", "full"), ("dpo", "guided"), ("dpo 2e-5", "full"),
-                 ("dpo 2e-5", "guided")),
+                 ("dpo 2e-5", "guided"), *(() if smoke else again)),
     )  # fmt: skip
     c.cells["start"] = valley.cells["tiny-start"]
-    for seed in range(1 if smoke else SEEDS):
-        base = valley.cells[f"tiny-pruned-{scale}-{seed}"].config
+    base = valley.cells[f"tiny-pruned-{scale}-0"].config
+    full = valley.cells[f"tiny-one_batch-{scale}-0"].config.stages.sft.to_dict()
+    full["init"]["from"] = "start@short"
+    stage = {**full, "data": {**full["data"], "sources": base.stages.sft.data.sources}}
+    seeds = 1 if smoke else SEEDS
+    for seed in range(seeds if smoke else SEEDS + AGAIN):
         prune = base.stages.prune.to_dict()
         prune["init"]["from"] = f"full-{seed}@sft"
-        full = valley.cells[f"tiny-one_batch-{scale}-{seed}"].config.stages.sft.to_dict()
-        full["init"]["from"] = "start@short"
-        stage = {**full, "data": {**full["data"], "sources": base.stages.sft.data.sources}}
-
-        def cell(arm: str, base=base, seed=seed, **stages) -> dict:
+        every = ConfigDict(prune)
+        every.update({"method": "exhaustive", "init": {"from": "@sft"}})
+        every.data.limit = 40 if smoke else 200
+        arms = {
+            "full": {"sft": full, "exhaustive": every},
+            "pruned": {"prune": {**prune, "method": "binary"}, "sft": stage},
+            "guided": {"prune": {**prune, "method": "guided"}, "sft": stage},
+            "first correct": {"prune": {**prune, "method": "first_correct"}, "sft": stage},
+            "random": {"prune": {**prune, "method": "random"}, "sft": stage},
+            "dpo": {"dpo": _dpo(stage, seed, smoke, 1e-4)},
+            "dpo 2e-5": {"dpo": _dpo(stage, seed, smoke, 2e-5)},
+        }
+        if seed >= seeds:
+            arms = {
+                "full": {"sft": full},
+                "guided": arms["guided"],
+                "dpo 2e-5": arms["dpo 2e-5"],
+            }
+        for arm, stages in arms.items():
             config = base.copy_and_resolve_references()
             config.arithmetic.update(
                 num_train=200 if smoke else scale, num_test=60 if smoke else 2000
@@ -64,23 +86,9 @@ def get_config(arg: str = "") -> ConfigDict:
             config.eval.sets.arithmetic.limit = 0  # all
             config.seed, config.arithmetic.train_seed = seed, seed + 1
             config.stages = stages
-            return defaults.cell(config, arm=arm)
-
-        every = ConfigDict(prune)
-        every.update({"method": "exhaustive", "init": {"from": "@sft"}})
-        every.data.limit = 40 if smoke else 200
-        c.cells[f"full-{seed}"] = cell("full", sft=full, exhaustive=every)
-        for arm, method in (
-            ("pruned", "binary"),
-            ("guided", "guided"),
-            ("first correct", "first_correct"),
-            ("random", "random"),
-        ):
             name = f"{arm.replace(' ', '_')}-{seed}"
-            c.cells[name] = cell(arm, prune={**prune, "method": method}, sft=stage)
-        for arm, rate in (("dpo", 1e-4), ("dpo 2e-5", 2e-5)):
-            name = f"{arm.replace(' ', '_')}-{seed}"
-            c.cells[name] = cell(arm, dpo=_dpo(stage, seed, smoke, rate))
+            label = arm if seed < seeds else f"{arm} again"
+            c.cells[name] = defaults.cell(config, arm=label)
     return c
 
 

@@ -67,6 +67,10 @@ def get_config(arg: str = "") -> ConfigDict:
             f"{', '.join(MODELS)}"
         )
     smoke = arg == "smoke"
+    scales, updates = ((8, 32), 2) if smoke else (SCALES, UPDATES)
+    has_rl = arg in ("", "smoke", RL_MODEL)
+    rl_arms = tuple(f"RL from long {scale}" for scale in (scales[0], scales[-1]))
+    of_rl = (("RL from start", "start"), *((arm, "RL from start") for arm in rl_arms))
     c = defaults.study_config(
         "study_valley" + ("_smoke" if smoke else ""),
         folder="runs/study_valley_smoke" if smoke else "docs/study/valley",
@@ -78,12 +82,9 @@ def get_config(arg: str = "") -> ConfigDict:
             ("one batch", "long"),
             ("a tenth of the rate", "long"),
             ("pruned", "long"),
-            ("RL from start", "start"),
-            (f"RL from long {SCALES[0]}", "RL from start"),
-            (f"RL from long {SCALES[-1]}", "RL from start"),
+            *(of_rl if has_rl else ()),
         ),
     )
-    scales, updates = ((8, 32), 2) if smoke else (SCALES, UPDATES)
     one_batch = 8 if smoke else ONE_BATCH
     for model in (arg,) if arg in MODELS else MODELS:
         start = f"{model}-start"
@@ -112,16 +113,9 @@ def get_config(arg: str = "") -> ConfigDict:
                     config = _cell(scale, seed, seed + 1, smoke, stages)
                     cell = defaults.cell(config, arm=arm, **facts)
                     c.cells[name % arm.replace(" ", "_")] = cell
-    for arm, source in (
-        ()
-        if arg not in ("", "smoke", RL_MODEL)
-        else (
-            ("RL from start", f"{RL_MODEL}-start@short"),
-            (f"RL from long {scales[0]}", f"{RL_MODEL}-long-{scales[0]}-0@sft"),
-            (f"RL from long {scales[-1]}", f"{RL_MODEL}-long-{scales[-1]}-0@sft"),
-        )
-    ):
-        stages = {"rl": _rl(source, smoke)}
+    starts = ["start@short", *(f"long-{scale}-0@sft" for scale in (scales[0], scales[-1]))]
+    for arm, source in zip(("RL from start", *rl_arms), starts) if has_rl else ():
+        stages = {"rl": _rl(f"{RL_MODEL}-{source}", smoke)}
         name = f"{RL_MODEL}-{arm.replace(' ', '-')}"
         config = _cell(8192, 0, 4, smoke, stages)
         c.cells[name] = defaults.cell(config, model=RL_MODEL, arm=arm)

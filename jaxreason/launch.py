@@ -157,9 +157,23 @@ def override(config: ConfigDict, key: str, text: str) -> None:
             node = node[part]
     name, old = parts[-1], node[parts[-1]]
     if isinstance(old, ConfigDict):
-        raise ValueError(f"--config.{key} is a section; set one of its keys: {', '.join(old)}")
+        node[name] = _parse_section(key, text, old)
+        return
     wanted = node.get_type(name)
     node[name] = _parse(key, text, wanted)
+
+
+def _parse_section(key: str, text: str, old: ConfigDict) -> ConfigDict:
+    """Of a section without keys of its own, whose names are the user's."""
+    if old:
+        raise ValueError(f"--config.{key} is a section; set one of its keys: {', '.join(old)}")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"--config.{key}={text} is no section; write it as in {{'name': 1}}")
+    return ConfigDict(value)
 
 
 def _parse(key: str, text: str, wanted: type) -> object:

@@ -158,6 +158,8 @@ def test_an_override_has_the_type_of_its_key(key, text, value):
         ("model.num_layers", "'3'", "it must be a whole number"),
         ("run.profile.steps", "5", "it must be a tuple"),
         ("train.optimizer", "adamw", "is a section; set one of its keys: .*learning_rate"),
+        ("mesh.xla_options", "fast", "is no section; write it as in {'name': 1}"),
+        ("mesh.xla_options", "{1: 2}", "is no section; write it as in {'name': 1}"),
         ("train.optimizer.learning_rat", "1", "did you mean 'learning_rate'"),
         ("trian.steps", "1", "the config has no 'trian'; did you mean 'train'"),
         ("train.steps.more", "1", "train.steps has no 'more'"),
@@ -174,6 +176,14 @@ def test_a_value_is_never_evaluated_as_code(tmp_path):
     with pytest.raises(ValueError, match="it must be a whole number"):
         launch.override(example(), "train.steps", text)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_section_of_the_users_own_names_is_set_as_a_whole():
+    config = example()
+    launch.override(config, "mesh.xla_options", "{'xla_cpu_enable_fast_math': False}")
+    assert config.mesh.xla_options.to_dict() == {"xla_cpu_enable_fast_math": False}
+    with pytest.raises(ValueError, match="set one of its keys: xla_cpu_enable_fast_math"):
+        launch.override(config, "mesh.xla_options", "{}")
 
 
 def test_a_key_without_a_type_takes_any_literal():

@@ -285,7 +285,7 @@ def _entries(config: DecoderConfig, params: Params, dtype: Any) -> list[Entry]:
     sizes, rows = hf_names.sizes(config), hf_names.rows(config)
     got = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(_without_head(params))[0]
+        for path, leaf in jax.tree_util.tree_flatten_with_path(policy_of(params))[0]
     }
     expected = {row.path: row.shape_here(sizes) for row in rows}
     assert got == expected, f"parameters {got} are not those of {config}: {expected}"
@@ -296,7 +296,8 @@ def _entries(config: DecoderConfig, params: Params, dtype: Any) -> list[Entry]:
     ]
 
 
-def _without_head(params: Params) -> Params:
+def policy_of(params: Params) -> Params:
+    """The parameters without a critic's head: what is sampled from, scored and exported."""
     return {name: part for name, part in params.items() if name != "value_head"}
 
 

@@ -249,11 +249,6 @@ _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator
 # ------------------------------------------------------------------------------- renderings
 
 
-def text_rendering(tree: Expression) -> str:
-    """`EXPR=VALUE`, the pretraining text: it never shows a step."""
-    return f"{show(tree)}={tree.value}"
-
-
 def short_cot(tree: Expression) -> str:
     """One step a line in evaluation order, e.g. `3+4=7`; the last line ends in `=ANSWER`."""
     return "\n".join(_step(*step) for step in _steps(tree))

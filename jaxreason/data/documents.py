@@ -55,7 +55,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "sources", _source_configs(self.sources))
+        object.__setattr__(self, "sources", sources_lib.named_sources(self.sources, SourceConfig))
         self._check_shape()
         self._check_weights()
         for name, known in (("packing", tuple(PACKINGS)), ("truncation", TRUNCATIONS)):
@@ -161,23 +161,6 @@ class DataConfig:
                 f"data.reasoning_weight is {self.reasoning_weight} and answer_weight "
                 f"{self.answer_weight}; the tokens of pairs all weigh 1"
             )
-
-
-def _source_configs(sources: Mapping[str, Any]) -> dict[str, SourceConfig]:
-    if not sources:
-        raise ValueError("data.sources is empty; it must name at least one source")
-    configs = {}
-    known = [field.name for field in dataclasses.fields(SourceConfig)]
-    for name, fields in sorted(sources.items()):
-        if not isinstance(fields, SourceConfig):
-            for field in fields:
-                if field not in known:
-                    raise ValueError(
-                        f"data.sources.{name}.{field} is unknown; known: {', '.join(known)}"
-                    )
-            fields = SourceConfig(**{**fields, "name": name})
-        configs[name] = fields
-    return configs
 
 
 # --------------------------------------------------------------------------------- documents

@@ -325,11 +325,16 @@ def _written_out(value: Any) -> str:
 
 
 def write_whole(path: pathlib.Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that appears complete or not at all, whoever else writes the same one."""
+    """Writes a file that appears complete, once it is on the disk, or not at all.
+
+    Several may write the same one.
+    """
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # pids repeat between hosts
     try:
         with open(unfinished, "wb") as out:
             fill(out)
+            out.flush()
+            os.fsync(out.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

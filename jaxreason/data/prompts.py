@@ -21,7 +21,7 @@ import numpy as np
 from jaxreason.data import countdown
 from jaxreason.data import sources as sources_lib
 from jaxreason.data.files import Found, JsonlSource
-from jaxreason.data.sources import Source, SourceConfig
+from jaxreason.data.sources import Source, SourceConfig, named_sources
 from jaxreason.types import Prompt
 
 NUM_CHECKED = 10_000  # prompts of a generated source whose answers are checked; of files, all are
@@ -145,7 +145,7 @@ class PromptConfig:
     revisit_epochs: int = 4
 
     def __post_init__(self):
-        object.__setattr__(self, "sources", _prompt_sources(self.sources))
+        object.__setattr__(self, "sources", named_sources(self.sources, PromptSource))
         if self.seed < 0:
             raise ValueError(f"data.seed is {self.seed}; it must be 0 or more")
         if self.band is not None:
@@ -157,23 +157,6 @@ class PromptConfig:
         for name in ("band_min_samples", "revisit_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be 1 or more")
-
-
-def _prompt_sources(sources: Mapping[str, Any]) -> dict[str, PromptSource]:
-    if not sources:
-        raise ValueError("data.sources is empty; it must name at least one source")
-    made = {}
-    known = [field.name for field in dataclasses.fields(PromptSource)]
-    for name, fields in sorted(sources.items()):
-        if not isinstance(fields, PromptSource):
-            for field in fields:
-                if field not in known:
-                    raise ValueError(
-                        f"data.sources.{name}.{field} is unknown; known: {', '.join(known)}"
-                    )
-            fields = PromptSource(**{**fields, "name": name})
-        made[name] = fields
-    return made
 
 
 # --------------------------------------------------------------------------- prompts by number

@@ -8,7 +8,7 @@ import pathlib
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from jaxreason.data import arithmetic, countdown
 from jaxreason.data.countdown import CountdownConfig
@@ -38,6 +38,9 @@ _FILES_ONLY = (
 _PROMPTS = {"arithmetic": "{expression}", "countdown": countdown.PROMPT}  # by default
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HASHES = "####"
+
+
+Named = TypeVar("Named")
 
 
 class Source(Protocol):
@@ -157,19 +160,7 @@ class SourceConfig:
         """
         if not self.prompt_template:
             return [self.prompt_field] if self.prompt_field else []
-        wrong = ValueError(
-            f"{self.key}.prompt_template is {self.prompt_template!r}; it must be text with one or "
-            "more record fields in braces, as in '{question}'"
-        )
-        try:
-            parts = list(string.Formatter().parse(self.prompt_template))
-        except ValueError as error:
-            raise wrong from error
-        names = [name for _, name, _, _ in parts if name is not None]
-        plain = all(name.isidentifier() for name in names)
-        if not names or not plain or any(spec or conversion for _, _, spec, conversion in parts):
-            raise wrong
-        return names
+        return template_fields(self.prompt_template, f"{self.key}.prompt_template")
 
     def _check_files(self) -> None:
         self._check_unused(("rendering", "split", "countdown"))
@@ -321,11 +312,67 @@ def open_source(config: SourceConfig, data_dir: str | os.PathLike, seed: int = 0
     return arithmetic.open_arithmetic(directory, config.split)
 
 
+def template_fields(template: str, key: str) -> list[str]:
+    """The fields in the braces of a template of prompts.
+
+    Raises ValueError, naming `key`, where it is not text with plain field names in braces.
+    """
+    wrong = ValueError(
+        f"{key} is {template!r}; it must be text with one or more record fields in braces, as in "
+        "'{question}'"
+    )
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise wrong from error
+    names = [name for _, name, _, _ in parts if name is not None]
+    plain = all(name.isidentifier() for name in names)
+    if not names or not plain or any(spec or conversion for _, _, spec, conversion in parts):
+        raise wrong
+    return names
+
+
 def left_out(opened: Iterable[Source]) -> dict[str, int]:
     """What opening the sources left out: malformed records, and traces that are marked wrong."""
     sources = list(opened)
     count = lambda name: sum(getattr(one, name, 0) for one in sources)
     return {"quarantined": count("num_quarantined"), "filtered": count("num_filtered")}
+
+
+def named_sources(sources: Mapping[str, Any], kind: type[Named]) -> dict[str, Named]:
+    """`data.sources` by name: `kind` of each section, or what is one already.
+
+    Raises ValueError where there is none, and for a field that `kind` has not or refuses.
+    """
+    if not sources:
+        raise ValueError("data.sources is empty; it must name at least one source")
+    made = {}
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name, fields in sorted(sources.items()):
+        if not isinstance(fields, kind):
+            for field in fields:
+                if field not in known:
+                    raise ValueError(
+                        f"data.sources.{name}.{field} is unknown; known: {', '.join(known)}"
+                    )
+            fields = kind(**{**fields, "name": name})
+        made[name] = fields
+    return made
+
+
+def trace_sources(sources: Mapping[str, Any], *reading: str) -> dict[str, SourceConfig]:
+    """Sources of questions with a reasoning and an answer, and these further fields of records.
+
+    Raises ValueError as `named_sources` does, and for a source of pairs or texts.
+    """
+    made = named_sources(sources, SourceConfig)
+    for source in made.values():
+        if source.has_pairs or source.fields.text_field or source.rendering == "text":
+            raise ValueError(
+                f"{source.key} holds pairs or texts; traces are questions with a reasoning and an "
+                "answer"
+            )
+    return {name: source.reading(*reading) for name, source in made.items()}
 
 
 class Records:

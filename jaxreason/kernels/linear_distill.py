@@ -11,6 +11,7 @@ and rises towards it with k. Without that tail it is between the two conditional
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,8 +30,12 @@ _EVENTS = _Head(1.0, None, None)  # they are on every vocabulary shard
 class Mix:
     """A row's loss: kl_coef * divergence(teacher P, student Q) + nll_coef * -log q(target), nats.
 
-    The temperature divides both models' logits in the divergence, whose beta and skew are those of
-    `linear_xent.linear_kl`; the cross-entropy and the metrics are at temperature 1.
+    beta 0 is KL(P || Q), 1 is KL(Q || P); between them the generalised Jensen-Shannon divergence
+    beta * KL(P || M) + (1 - beta) * KL(Q || M) with M = beta * P + (1 - beta) * Q, whose limits at
+    0 and 1 are 0: the scale jumps there. A `skew` s mixes some of the first into the second:
+    KL(P || s * P + (1 - s) * Q) at beta 0, KL(Q || s * Q + (1 - s) * P) at 1. The temperature
+    divides both models' logits in the divergence, which is not multiplied by its square; the
+    cross-entropy and the metrics are at temperature 1.
     """
 
     beta: float = 0.0
@@ -41,9 +46,25 @@ class Mix:
     tail: bool = True  # of stored log-probs: whether all other tokens are one event more
 
     def __post_init__(self):
-        linear.check_divergence(self.beta, self.skew)
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is {self.beta}; it must be in [0, 1]")
+        if not 0 <= self.skew < 1:
+            raise ValueError(f"skew is {self.skew}; it must be in [0, 1)")
+        if self.skew and 0 < self.beta < 1:
+            raise ValueError(f"skew is {self.skew} and beta {self.beta}; a skew needs beta 0 or 1")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+
+
+def _check_vocabulary(head: _Head, w_VD, teacher_w_VE) -> None:
+    """Raises ValueError where a row of one table is not the same token's in the other."""
+    rows, teacher_rows = w_VD.shape[0], teacher_w_VE.shape[0]
+    padded = head.axis_name is None and (head.valid_vocab or rows) <= min(rows, teacher_rows)
+    if rows != teacher_rows and not padded:
+        raise ValueError(
+            f"the teacher's head has {teacher_rows} rows and the student's {rows}, of which "
+            f"{head.valid_vocab or rows} are tokens; a KL needs one vocabulary"
+        )
 
 
 class DistillSums(NamedTuple):
@@ -90,7 +111,7 @@ def linear_distill(
     Sources: GKD, arXiv 2306.13649; DistiLLM, arXiv 2402.03898.
     """
     head = _Head(1.0, valid_vocab, axis_name)
-    linear.check_vocabulary(head, w_VD, teacher_w_VE)
+    _check_vocabulary(head, w_VD, teacher_w_VE)
     h_TD, w_VD, *others = linear._align(
         head, h_TD, w_VD, teacher_h_TE, teacher_w_VE, targets_T, weights_T
     )
@@ -230,10 +251,10 @@ def _chunk(head: _Head, mix: Mix, h_CD, w_VD, teacher, targets_C):
 def _from_model(head: _Head, mix: Mix, z_CV, teacher: _Model):
     """(divergence [C], its gradient in the tempered logits, whether the models agree [C])."""
     known_CV = linear._logits(head, teacher.h_TE, teacher.w_VE)
-    known_CV = linear._with_rows(known_CV, z_CV.shape[1])
+    known_CV = _with_rows(known_CV, z_CV.shape[1])
     tempered = lambda y_CV: y_CV if mix.temperature == 1 else y_CV / mix.temperature
     log_p_CV, log_q_CV = (linear._log_softmax(head, tempered(y_CV)) for y_CV in (known_CV, z_CV))
-    kl_C, dz_CV = linear._divergence(head, (mix.beta, mix.skew), log_p_CV, log_q_CV)
+    kl_C, dz_CV = _divergence(head, (mix.beta, mix.skew), log_p_CV, log_q_CV)
     likeliest = lambda y_CV: y_CV >= head.max(y_CV.max(-1))[:, None]
     both_CV = likeliest(known_CV) & likeliest(z_CV)
     return kl_C, dz_CV, head.max(both_CV.max(-1).astype(jnp.float32))
@@ -261,7 +282,7 @@ def _from_stored(head: _Head, mix: Mix, z_CV, teacher: _Stored):
         events_CK = _beside(events_CK, rest_C1)
     log_p_CK, log_q_CK = (linear._log_softmax(_EVENTS, x_CK) for x_CK in (log_p_CK, events_CK))
     kind = (mix.beta, mix.skew)
-    kl_C, devents_CK = linear._divergence(_EVENTS, kind, log_p_CK, log_q_CK)
+    kl_C, devents_CK = _divergence(_EVENTS, kind, log_p_CK, log_q_CK)
 
     dz_CV = jnp.zeros_like(y_CV)
     if mix.tail:
@@ -278,3 +299,48 @@ def _beside(x_CK, x_C1):
 def _log_sum_exp(head: _Head, y_CV):
     top_C1 = head.max(y_CV.max(-1, keepdims=True))
     return top_C1 + jnp.log(head.sum(jnp.exp(y_CV - top_C1).sum(-1, keepdims=True)))
+
+
+def _divergence(head: _Head, kind: tuple[float, float], log_p_CV, log_q_CV):
+    """The divergence of each row [C] and its gradient in the student's logits [C, V].
+
+    Args:
+      kind: beta and skew, as `Mix` has them.
+    """
+    beta, skew = kind
+    p_CV, q_CV = jnp.exp(log_p_CV), jnp.exp(log_q_CV)
+    if skew:
+        return _skew_divergence(head, beta, skew, log_p_CV, log_q_CV)
+    if beta == 0:
+        return head.sum((p_CV * (log_p_CV - log_q_CV)).sum(-1)), q_CV - p_CV
+    if beta == 1:
+        log_m_CV, to_p = log_p_CV, 0.0
+    else:
+        log_m_CV = jnp.logaddexp(log_p_CV + jnp.log(beta), log_q_CV + jnp.log1p(-beta))
+        to_p = head.sum((p_CV * (log_p_CV - log_m_CV)).sum(-1)) * beta
+    student = 1.0 if beta == 1 else 1 - beta
+    to_q = head.sum((q_CV * (log_q_CV - log_m_CV)).sum(-1))
+    dz_CV = student * q_CV * (log_q_CV - log_m_CV - to_q[:, None])
+    return to_p + student * to_q, dz_CV
+
+
+def _skew_divergence(head: _Head, beta, skew, log_p_CV, log_q_CV):
+    """`_divergence` of a mixture M that has `skew` of the first distribution in it."""
+    of_q = skew if beta == 1 else 1 - skew  # in M
+    log_m_CV = jnp.logaddexp(log_p_CV + math.log(1 - of_q), log_q_CV + math.log(of_q))
+    q_CV = jnp.exp(log_q_CV)
+    if beta == 0:
+        loss_C = head.sum((jnp.exp(log_p_CV) * (log_p_CV - log_m_CV)).sum(-1))
+        dq_CV = -of_q * jnp.exp(log_p_CV - log_m_CV)
+    else:
+        loss_C = head.sum((q_CV * (log_q_CV - log_m_CV)).sum(-1))
+        dq_CV = log_q_CV - log_m_CV - of_q * jnp.exp(log_q_CV - log_m_CV)
+    return loss_C, q_CV * (dq_CV - head.sum((q_CV * dq_CV).sum(-1))[:, None])
+
+
+def _with_rows(z_CV, num_rows: int):
+    """A teacher's logits for as many rows as the student has; those that it lacks are masked."""
+    lacks = max(num_rows - z_CV.shape[1], 0)
+    if lacks:
+        z_CV = jnp.pad(z_CV, ((0, 0), (0, lacks)), constant_values=_MASKED)
+    return z_CV[:, :num_rows]

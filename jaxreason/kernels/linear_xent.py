@@ -1,9 +1,9 @@
-"""The linear head without logits_BTV: loss, log-probs and KL from hidden states and head weights.
+"""The linear head without logits_BTV: loss and log-probs from hidden states and head weights.
 
 T rows of hidden states meet the V rows of the head a chunk of rows at a time, so the largest array
-besides the gradient of the head is one chunk's logits. The loss and the KL know their weights
-beforehand and compute their gradients in the forward pass (as Liger Kernel does); nothing is
-recomputed. The log-probs do not, and recompute each chunk in the backward pass.
+besides the gradient of the head is one chunk's logits. The loss knows its weights beforehand and
+computes its gradients in the forward pass (as Liger Kernel does); nothing is recomputed. The
+log-probs do not, and recompute each chunk in the backward pass.
 
 Logits are float32 products of `h.dtype` operands; dlogits are rounded to `h.dtype` for the two
 gradient matmuls, whose sums are float32. Chunks are cut from the row dim, which GSPMD cannot follow
@@ -15,7 +15,6 @@ Vocabulary sharding: with `axis_name`, shard i of that axis holds rows i*V_local
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,58 +95,6 @@ def linear_logprobs(
     """
     head = _Head(temperature, valid_vocab, axis_name)
     return _logprobs(head, *_align(head, h_TD, w_VD, targets_T))
-
-
-def linear_kl(
-    h_TD: jax.Array,
-    w_VD: jax.Array,
-    teacher_h_TE: jax.Array,
-    teacher_w_VE: jax.Array,
-    weights_T: jax.Array,
-    *,
-    temperature: float = 1.0,
-    beta: float = 0.0,
-    skew: float = 0.0,
-    valid_vocab: int | None = None,
-    axis_name: str | None = None,
-) -> jax.Array:
-    """Weighted sum over rows of a divergence between teacher P and student Q, float32, nats.
-
-    beta 0 is KL(P || Q), 1 is KL(Q || P); between them the generalised Jensen-Shannon divergence
-    beta * KL(P || M) + (1 - beta) * KL(Q || M) with M = beta * P + (1 - beta) * Q, whose limits at
-    0 and 1 are 0: the scale jumps there. A `skew` s mixes some of the first into the second:
-    KL(P || s * P + (1 - s) * Q) at beta 0, KL(Q || s * Q + (1 - s) * P) at 1. The temperature
-    divides both models' logits, and the loss is not multiplied by its square. Differentiable in h
-    and w only. The teacher's head has as many rows as the student's and is sharded like it;
-    unsharded it may have others, as long as both have `valid_vocab`.
-    Sources: GKD, arXiv 2306.13649; DistiLLM, arXiv 2402.03898.
-    """
-    check_divergence(beta, skew)
-    head = _Head(temperature, valid_vocab, axis_name)
-    check_vocabulary(head, w_VD, teacher_w_VE)
-    args = _align(head, h_TD, w_VD, teacher_h_TE, teacher_w_VE, weights_T)
-    return _kl(head, (beta, skew), *args)
-
-
-def check_divergence(beta: float, skew: float) -> None:
-    """Raises ValueError where there is no such divergence."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}; it must be in [0, 1]")
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew is {skew}; it must be in [0, 1)")
-    if skew and 0 < beta < 1:
-        raise ValueError(f"skew is {skew} and beta {beta}; a skew needs beta 0 or 1")
-
-
-def check_vocabulary(head: _Head, w_VD, teacher_w_VE) -> None:
-    """Raises ValueError where a row of one table is not the same token's in the other."""
-    rows, teacher_rows = w_VD.shape[0], teacher_w_VE.shape[0]
-    padded = head.axis_name is None and (head.valid_vocab or rows) <= min(rows, teacher_rows)
-    if rows != teacher_rows and not padded:
-        raise ValueError(
-            f"the teacher's head has {teacher_rows} rows and the student's {rows}, of which "
-            f"{head.valid_vocab or rows} are tokens; a KL needs one vocabulary"
-        )
 
 
 def _align(head: _Head, h_TD, w_VD, *others: jax.Array) -> list[jax.Array]:
@@ -335,81 +282,3 @@ def _logprobs_bwd(head, residuals, cotangents):
 
 
 _logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)
-
-
-def _divergence(head: _Head, kind: tuple[float, float], log_p_CV, log_q_CV):
-    """The divergence of each row [C] and its gradient in the student's logits [C, V].
-
-    Args:
-      kind: beta and skew, as `linear_kl` has them.
-    """
-    beta, skew = kind
-    p_CV, q_CV = jnp.exp(log_p_CV), jnp.exp(log_q_CV)
-    if skew:
-        return _skew_divergence(head, beta, skew, log_p_CV, log_q_CV)
-    if beta == 0:
-        return head.sum((p_CV * (log_p_CV - log_q_CV)).sum(-1)), q_CV - p_CV
-    if beta == 1:
-        log_m_CV, to_p = log_p_CV, 0.0
-    else:
-        log_m_CV = jnp.logaddexp(log_p_CV + jnp.log(beta), log_q_CV + jnp.log1p(-beta))
-        to_p = head.sum((p_CV * (log_p_CV - log_m_CV)).sum(-1)) * beta
-    student = 1.0 if beta == 1 else 1 - beta
-    to_q = head.sum((q_CV * (log_q_CV - log_m_CV)).sum(-1))
-    dz_CV = student * q_CV * (log_q_CV - log_m_CV - to_q[:, None])
-    return to_p + student * to_q, dz_CV
-
-
-def _skew_divergence(head: _Head, beta, skew, log_p_CV, log_q_CV):
-    """`_divergence` of a mixture M that has `skew` of the first distribution in it."""
-    of_q = skew if beta == 1 else 1 - skew  # in M
-    log_m_CV = jnp.logaddexp(log_p_CV + math.log(1 - of_q), log_q_CV + math.log(of_q))
-    q_CV = jnp.exp(log_q_CV)
-    if beta == 0:
-        loss_C = head.sum((jnp.exp(log_p_CV) * (log_p_CV - log_m_CV)).sum(-1))
-        dq_CV = -of_q * jnp.exp(log_p_CV - log_m_CV)
-    else:
-        loss_C = head.sum((q_CV * (log_q_CV - log_m_CV)).sum(-1))
-        dq_CV = log_q_CV - log_m_CV - of_q * jnp.exp(log_q_CV - log_m_CV)
-    return loss_C, q_CV * (dq_CV - head.sum((q_CV * dq_CV).sum(-1))[:, None])
-
-
-def _with_rows(z_CV, num_rows: int):
-    """A teacher's logits for as many rows as the student has; those that it lacks are masked."""
-    lacks = max(num_rows - z_CV.shape[1], 0)
-    if lacks:
-        z_CV = jnp.pad(z_CV, ((0, 0), (0, lacks)), constant_values=_MASKED)
-    return z_CV[:, :num_rows]
-
-
-def _kl_chunk(head: _Head, kind, h_CD, w_VD, teacher_h_CE, teacher_w_VE):
-    z_CV, teacher_z_CV = _logits(head, h_CD, w_VD), _logits(head, teacher_h_CE, teacher_w_VE)
-    teacher_z_CV = _with_rows(teacher_z_CV, z_CV.shape[1])
-    return _divergence(head, kind, _log_softmax(head, teacher_z_CV), _log_softmax(head, z_CV))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kl(head, kind, h_TD, w_VD, teacher_h_TE, teacher_w_VE, weights_T):
-    def chunk(h_CD, teacher_h_CE):
-        return None, _kl_chunk(head, kind, h_CD, w_VD, teacher_h_CE, teacher_w_VE)[0]
-
-    kl_T = _over_rows(chunk, (h_TD, teacher_h_TE), w_VD, grad=False, num_heads=2)[1]
-    return jnp.sum(weights_T * kl_T)
-
-
-def _kl_fwd(head, kind, h_TD, w_VD, teacher_h_TE, teacher_w_VE, weights_T):
-    def chunk(h_CD, teacher_h_CE, weights_C):
-        kl_C, dz_CV = _kl_chunk(head, kind, h_CD, w_VD, teacher_h_CE, teacher_w_VE)
-        dw_VD, dh_CD = _gradients(head, weights_C[:, None] * dz_CV, h_CD, w_VD)
-        return dw_VD, (kl_C, dh_CD)
-
-    rows = (h_TD, teacher_h_TE, weights_T)
-    dw_VD, (kl_T, dh_TD) = _over_rows(chunk, rows, w_VD, grad=True, num_heads=2)
-    return jnp.sum(weights_T * kl_T), (dh_TD, dw_VD.astype(w_VD.dtype))
-
-
-def _kl_bwd(head, kind, gradients, cotangent):
-    return *_scaled(gradients, cotangent), None, None, None
-
-
-_kl.defvjp(_kl_fwd, _kl_bwd)

@@ -156,29 +156,5 @@ def linear_xent(
     return sums[0] + z_loss * sums[1], sums
 
 
-def linear_kl(
-    h_TD: jax.Array,
-    w_VD: jax.Array,
-    teacher_h_TE: jax.Array,
-    teacher_w_VE: jax.Array,
-    weights_T: jax.Array,
-    *,
-    temperature: float = 1.0,
-    beta: float = 0.0,
-    valid_vocab: int | None = None,
-) -> jax.Array:
-    """Weighted sum of KL(P||Q) (beta 0), KL(Q||P) (beta 1) or JSD_beta; P teacher, Q student."""
-    log_q_TV = log_probs(h_TD, w_VD, temperature, valid_vocab)[0]
-    log_p_TV = log_probs(teacher_h_TE, teacher_w_VE, temperature, valid_vocab)[0]
-    if beta == 0:
-        return jnp.sum(weights_T * _expect(log_p_TV, log_p_TV - log_q_TV))
-    if beta == 1:
-        return jnp.sum(weights_T * _expect(log_q_TV, log_q_TV - log_p_TV))
-    log_m_TV = jnp.log(beta * jnp.exp(log_p_TV) + (1 - beta) * jnp.exp(log_q_TV))
-    to_p_T = _expect(log_p_TV, log_p_TV - log_m_TV)
-    to_q_T = _expect(log_q_TV, log_q_TV - log_m_TV)
-    return jnp.sum(weights_T * (beta * to_p_T + (1 - beta) * to_q_T))
-
-
 def _expect(logp_TV, x_TV):
     return jnp.sum(jnp.exp(logp_TV) * x_TV, -1)

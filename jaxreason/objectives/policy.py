@@ -370,10 +370,6 @@ class Algorithm:
         return self.advantage.estimator != "none"
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.teacher is not None or self.distill is not None
-
-    @property
     def needs_values(self) -> bool:
         return self.policy.value_coef > 0
 

@@ -2,7 +2,7 @@
 
   keep        of the samples of every question: all, the correct, one of them (SCoTD, arXiv
               2306.14050; Fine-tune-CoT, arXiv 2212.10071)
-  quality, difficulty, diversity, and `s1k` of the three (s1, arXiv 2501.19393, section 2)
+  difficulty, diversity, and `s1k` of the two (s1, arXiv 2501.19393, section 2)
   decontaminate, deduplicate      n-grams of words, against other texts or one another
 Nothing here reads a file or calls a model: what models say (correct, solved, domain) comes in as
 data. A selection names every record that it leaves out and why; draws are a function of the seed.
@@ -155,15 +155,6 @@ class Diversity:
                 )
 
 
-def quality(traces: Sequence[Trace], faults: Mapping[str, Callable[[Trace], bool]]) -> Selection:
-    """Drops every trace with a fault, under the name of the first that it has."""
-    found = {
-        i: next((name for name, has in faults.items() if has(trace)), None)
-        for i, trace in enumerate(traces)
-    }
-    return without(len(traces), {i: why for i, why in found.items() if why is not None})
-
-
 def draw(num: int, size: int, seed: int) -> Selection:
     """`size` of `num` records at random: what a curated set of that size is compared with."""
     kept = set(random.Random(seed).sample(range(num), size))
@@ -258,30 +249,22 @@ def _draw_domain(
 def s1k(
     traces: Sequence[Trace],
     *,
-    faults: Mapping[str, Callable[[Trace], bool]],
     solved: Mapping[str, Sequence[bool]],
     config: Diversity,
     trusted: Callable[[Trace], bool] = lambda trace: False,
 ) -> Selection:
-    """Quality, difficulty, diversity, one after the other.
+    """Difficulty and diversity, one after the other; the traces are of good quality.
 
     Args:
-      faults: {name: whether a trace has it}.
       solved: {model: whether it solves the question of each trace}; the paper has two models.
-      trusted: traces of good quality that are in whatever their difficulty.
+      trusted: traces that are in whatever their difficulty.
     """
-    good = quality(traces, faults)
-    set_aside = {i for i in good.kept if trusted(traces[i])}
-    easy = hard(traces, solved, trusted).dropped
-
-    def difficult(numbers: list[int]) -> Selection:
-        return without(len(numbers), {at: easy[i] for at, i in enumerate(numbers) if i in easy})
 
     def diverse(numbers: list[int]) -> Selection:
-        chosen = [at for at, i in enumerate(numbers) if i in set_aside]
+        chosen = [at for at, i in enumerate(numbers) if trusted(traces[i])]
         return diversity([traces[i] for i in numbers], config, chosen)
 
-    return after(after(good, difficult), diverse)
+    return after(hard(traces, solved, trusted), diverse)
 
 
 # ----------------------------------------------------------------- contamination and duplicates

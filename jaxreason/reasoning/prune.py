@@ -8,16 +8,15 @@ the prefix that ends with the first correct solution: a student that is led astr
 it (a half-done review) is not asked there, and binary search, once told no, looks only above.
 `exhaustive` asks every prefix: it knows the smallest valid one and whether validity is monotone.
 
-Every trace is a small state machine whose state is its answers; all are in flight at once, so that
-one round is one large batch for the student. Beside it the baselines: the first correct solution
-and a random cut (the third, the shortest correct sample of several, is a choice: curate.keep).
+All traces are in flight at once, so that one round is one large batch for the student. Beside it
+the baselines: the first correct solution and a random cut (the third, the shortest correct sample
+of several, is a choice: curate.keep).
 """
 
 import collections
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 Question = tuple[int, int]  # (number of the trace, how many of its steps the student sees)
 IsValid = Callable[[list[Question]], Sequence[bool]]  # one answer a question, in order
@@ -48,7 +47,7 @@ class Pruned:
 
 
 class Search:
-    """The questions of all traces and their answers: a state machine that can be saved.
+    """The questions of all traces and their answers.
 
     Args:
       num_steps: how many steps each trace has.
@@ -105,29 +104,6 @@ class Search:
             raise ValueError(f"prune: {count} traces still have open questions")
         return [self._result(i) for i in range(len(self.num_steps))]
 
-    def get_state(self) -> dict[str, Any]:
-        """JSON: the method, the lengths, and the answers in the order they were asked for."""
-        asked = [[[kept, valid] for kept, valid in answers.items()] for answers in self._asked]
-        return {"method": self.method, "num_steps": list(self.num_steps), "asked": asked}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `get_state`.
-
-        Raises ValueError where it is of another search: method, lengths or questions differ.
-        """
-        for name in ("method", "num_steps"):
-            own = self.get_state()[name]
-            if state[name] != own:
-                raise ValueError(
-                    f"the state of a pruning has {name} {_brief(state[name])}, not {_brief(own)}: "
-                    "it is of other traces or another segmentation"
-                )
-        fresh = Search(self.num_steps, self.method, self._guesses)
-        for trace, answers in enumerate(state["asked"]):
-            for kept, valid in answers:
-                fresh.answer(trace, kept, valid)
-        self._asked, self._open = fresh._asked, fresh._open
-
     def _first(self, n: int) -> list[int]:
         return list(range(n, 0, -1)) if self.method == "exhaustive" else [n] if n else []
 
@@ -151,19 +127,12 @@ def _bounds(asked: Mapping[int, bool]) -> tuple[int, int]:
     return low, min(kept for kept, valid in asked.items() if valid)
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def prune(
     traces: Sequence[Sequence[str]],
     is_valid: IsValid,
     *,
     method: str = "binary",
     guesses: Sequence[int | None] | None = None,
-    state: Mapping[str, Any] | None = None,
-    on_round: Callable[[Search], None] | None = None,
 ) -> list[Pruned]:
     """Prunes all traces, each a list of steps, with one call of `is_valid` a round.
 
@@ -171,15 +140,11 @@ def prune(
       is_valid: whether the student answers right from the first `kept` steps of a trace; it gets
         the questions of a round, [(trace, kept)], and returns one answer each.
       guesses: as Search takes them.
-      state: of an interrupted search on the same traces; what it asked is not asked again.
-      on_round: called after every round, e.g. to save `get_state()` and to show progress.
 
     Raises:
-      ValueError: is_valid returned another number of answers, or the state is of another search.
+      ValueError: is_valid returned another number of answers.
     """
     search = Search([len(steps) for steps in traces], method, guesses)
-    if state is not None:
-        search.set_state(state)
     while questions := search.questions():
         answers = list(is_valid(questions))
         if len(answers) != len(questions):
@@ -188,8 +153,6 @@ def prune(
             )
         for (trace, kept), valid in zip(questions, answers):
             search.answer(trace, kept, valid)
-        if on_round is not None:
-            on_round(search)
     return search.results()
 
 

@@ -337,11 +337,18 @@ def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _first_start(config: ConfigDict) -> Checkpoint:
-    """Where training starts from; of stages those that train count, where there are any."""
+    """Where training starts from: not from a stage of the run itself, where there is a choice.
+
+    Of stages those that train count, where there are any.
+    """
     if "init" in config:
         return checkpoints.parse(config.init["from"])
     stages = list(config.stages.values())
-    first = next((stage for stage in stages if "train" in stage), stages[0])
+    trained = [stage for stage in stages if "train" in stage]
     # "" where a server is the teacher; a stage that curates has solvers, or nobody.
-    text = first.init["from"] if "init" in first else next(iter(first.solvers), "")
-    return checkpoints.parse(text or "random")
+    texts = [
+        stage.init["from"] if "init" in stage else next(iter(stage.solvers), "")
+        for stage in trained or stages
+    ]
+    outside = next((text for text in texts if not text.startswith("@")), texts[0])
+    return checkpoints.parse(outside or "random")

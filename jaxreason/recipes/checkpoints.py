@@ -102,47 +102,50 @@ class Checkpoint:
         return content
 
 
-def parse(text: str) -> Checkpoint:
-    """Reads `init.from`; fetches hf://. Raises ValueError in one line when nothing is there."""
+def parse(text: str, key: str = "init.from") -> Checkpoint:
+    """Reads `init.from`, or a key like it; fetches hf://.
+
+    Raises ValueError in one line, naming the key, when nothing is there.
+    """
     if text == "random":
         return Checkpoint(text, "random")
     if hub.is_address(text):
-        return _hugging_face(text, hub.resolve(text))
+        return _hugging_face(text, key, hub.resolve(text))
     folder, _, rest = text.partition("@")
     stage, _, step = rest.partition("@")
     if step and not step.isdigit():
-        raise ValueError(f"init.from is {text!r}; the step {step!r} is not a number")
+        raise ValueError(f"{key} is {text!r}; the step {step!r} is not a number")
     number = int(step) if step else None
     if not folder and not stage:
         raise ValueError(
-            f"init.from is {text!r}; give random, WORKDIR@STAGE[@STEP] or a Hugging Face directory"
+            f"{key} is {text!r}; give random, WORKDIR@STAGE[@STEP] or a Hugging Face directory"
         )
     if not folder:
         return Checkpoint(text, "run", None, stage, number)
     directory = pathlib.Path(folder).expanduser()
     if peft.is_adapter(directory) and not rest:
-        return _hugging_face(text, directory)
+        return _hugging_face(text, key, directory)
     config = directory / "config.json"
     if not config.is_file():
         raise ValueError(
-            f"init.from is {text!r}; {directory} holds no config.json (give random, @STAGE, "
+            f"{key} is {text!r}; {directory} holds no config.json (give random, @STAGE, "
             "WORKDIR[@STAGE[@STEP]], a Hugging Face directory or hf://ORG/NAME[@REV])"
         )
     if "model_type" in read_json(config):
         if rest:
-            raise ValueError(f"init.from is {text!r}; a Hugging Face directory has no stages")
+            raise ValueError(f"{key} is {text!r}; a Hugging Face directory has no stages")
         return Checkpoint(text, "hf", directory)
     stages = _stages(directory)
     if not stage and stages:
         stage = stages[-1]
     if stage not in stages:
         raise ValueError(
-            f"init.from is {text!r}; the stages of {directory}: {', '.join(stages) or 'none'}"
+            f"{key} is {text!r}; the stages of {directory}: {', '.join(stages) or 'none'}"
         )
     return Checkpoint(text, "run", directory, stage, number)
 
 
-def _hugging_face(text: str, directory: pathlib.Path) -> Checkpoint:
+def _hugging_face(text: str, key: str, directory: pathlib.Path) -> Checkpoint:
     """A whole model, or an adapter with the base that it names: a directory, else one of the hub's.
 
     Raises ValueError as `parse` does when the base is not there.
@@ -153,9 +156,9 @@ def _hugging_face(text: str, directory: pathlib.Path) -> Checkpoint:
     if not pathlib.Path(name).expanduser().is_dir():
         name = f"hf://{name}" + (f"@{revision}" if revision else "")
     try:
-        base = parse(name)
+        base = parse(name, key)
     except ValueError as error:
-        raise ValueError(f"init.from is {text!r}, an adapter to a base: {error}") from error
+        raise ValueError(f"{key} is {text!r}, an adapter to a base: {error}") from error
     return Checkpoint(text, "adapter", directory, base=base)
 
 

@@ -114,7 +114,9 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> CurateStage:
         for reward, spec in section.rewards.items()
     }
     sampling = Sampling(max_tokens=section.max_tokens, temperature=0.0)
-    return CurateStage(name, section, _solvers(section), _sources(section), rewards, sampling)
+    read = (*(section[key] for key in _READ), section.trusted_field, "truncated", "refused")
+    sources = sources_lib.trace_sources(section.data.sources.to_dict(), *read)
+    return CurateStage(name, section, _solvers(section), sources, rewards, sampling)
 
 
 def _check_numbers(section: ConfigDict) -> None:
@@ -146,25 +148,6 @@ def _solvers(section: ConfigDict) -> dict[str, checkpoints.Checkpoint]:
     if len(set(texts)) < len(texts) or "" in texts:
         raise ValueError(f"solvers is {texts}; it must name checkpoints, each once")
     return {f"solvers.{i}": teacher.parse(text, "solvers") for i, text in enumerate(texts)}
-
-
-def _sources(section: ConfigDict) -> dict[str, sources_lib.SourceConfig]:
-    read = (*(section[key] for key in _READ), section.trusted_field)
-    sources = {
-        source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source}).reading(
-            *read, "truncated", "refused"
-        )
-        for source, fields in section.data.sources.items()
-    }
-    if not sources:
-        raise ValueError("data.sources is empty; it must name at least one source of traces")
-    for source in sources.values():
-        if source.has_pairs or source.fields.text_field or source.rendering == "text":
-            raise ValueError(
-                f"{source.key} holds pairs or texts; traces are questions with a reasoning and an "
-                "answer"
-            )
-    return sources
 
 
 def check_data(
@@ -365,7 +348,7 @@ def _drawn(
     if not limit or len(hard.kept) < limit:  # the caller says what is lacking
         return hard
     spread = _spread(stage.section, config.seed)
-    return choices.s1k(traces, faults={}, solved=solved, config=spread, trusted=trusted)
+    return choices.s1k(traces, solved=solved, config=spread, trusted=trusted)
 
 
 def _spread(section: ConfigDict, seed: int) -> choices.Diversity:

@@ -146,14 +146,21 @@ def _sampling(spec: ConfigDict) -> Sampling:
 
 
 def _problems(name: str, spec: ConfigDict, workdir: Workdir) -> tuple[Problem, ...]:
+    key = f"eval.sets.{name}.prompt_template"
+    asked = sources.template_fields(spec.prompt_template, key)
     if spec.kind == "arithmetic":
         records = open_arithmetic(workdir.data / spec.path, "test")
+        if unknown := [field for field in asked if field not in records[0]]:
+            raise ValueError(
+                f"{key} is {spec.prompt_template!r}; an expression has no {unknown[0]!r}, but "
+                f"{', '.join(records[0])}"
+            )
         answer = lambda record: record["answer"]
         group = lambda record: str(record["num_operations"])
     else:
         records = sources.JsonlSource(
             spec.path,
-            fields={spec.answer_field: ""},
+            fields=dict.fromkeys((*asked, spec.answer_field), ""),
             data_dir=workdir.data,
             key=f"eval.sets.{name}.path",
         )

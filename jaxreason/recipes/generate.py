@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import string
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxreason.data.sources import JsonlSource
+from jaxreason.data.sources import JsonlSource, template_fields
 from jaxreason.model.decoder import LanguageModel
 from jaxreason.parallel import hosts
 from jaxreason.recipes import assemble, checkpoints, terminal, weights
@@ -43,7 +42,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
         )
     shape = assemble.architecture(config, start)
     sampling = sampling_of(config)
-    fields = template_fields(config.prompt_template)
+    fields = template_fields(config.prompt_template, "prompt_template")
     if config.prompts:
         prompts, output = read_prompts(config, fields), Output(config)
         done = output.resume(prompts)
@@ -121,20 +120,6 @@ def _speaker(
 
 
 # ----------------------------------------------------------------------------- questions of a file
-
-
-def template_fields(template: str) -> list[str]:
-    """The fields in the braces of `prompt_template`. Raises ValueError where there are none."""
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError:
-        fields = []
-    if not fields or not all(name.isidentifier() for name in fields):
-        raise ValueError(
-            f"prompt_template is {template!r}; it must be text with a field in braces, as in "
-            "'{prompt}'"
-        )
-    return fields
 
 
 def read_prompts(config: ConfigDict, fields: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from jaxreason.parallel import hosts
 from jaxreason.parallel.mesh import AXES
 from jaxreason.recipes import (
     assemble,
+    checkpoints,
     curate,
     evaluation,
     fit,
@@ -64,6 +65,12 @@ def stages_of(config: ConfigDict) -> list[Stage]:
     """Raises ValueError for whatever is wrong with any stage, before the first one runs."""
     if "stages" not in config:
         return [plan_stage(config, config.name, config)]
+    if not config.stages:
+        raise ValueError("stages is empty; it must have one at least")
+    for name, section in config.stages.items():  # any may ask for the first one's template
+        with _naming(config, name):
+            if "train" in section:
+                checkpoints.parse(section.init["from"])
     stages = []
     for name, section in config.stages.items():
         with _naming(config, name):
@@ -99,7 +106,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     assemble.check_xla_options(config.mesh)
     running = [stage for stage in stages if stage.section.kind in _RUNNING]
     trained = [stage for stage in running if stage.section.kind in _TRAINING]
-    first = (trained or running)[0]
+    first = (trained or running or stages)[0]
     shape = assemble.architecture(config, first.start)
     workdir = Workdir(folder)
     workdir.open(config)

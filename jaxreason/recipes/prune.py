@@ -93,14 +93,7 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> PruneStage:
             f"solved_by is {section.solved_by!r}; it must be one of rewards: "
             f"{', '.join(section.rewards)}"
         )
-    sources = {
-        source: sources_lib.SourceConfig(**{**fields.to_dict(), "name": source}).reading(
-            section.answer_field
-        )
-        for source, fields in section.data.sources.items()
-    }
-    if not sources:
-        raise ValueError("data.sources is empty; it must name at least one source of traces")
+    sources = sources_lib.trace_sources(section.data.sources.to_dict(), section.answer_field)
     rewards = {
         reward: assemble.from_section(mix.RewardConfig, spec)
         for reward, spec in section.rewards.items()

@@ -22,7 +22,7 @@ NAMES = {
     "question": ("question", "prompt", "problem", "expression", "id", "idx"),
     "correct": ("correct", "is_correct", "correctness", "correctness_math_verify", "score"),
     "truncated": ("truncated",),
-    "tokens": ("num_tokens",),
+    "tokens": ("kept_tokens", "num_tokens"),  # of a pruned trace what is left
     "operations": ("num_operations", "group"),
     "by": (),
 }  # fmt: skip

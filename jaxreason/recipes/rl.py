@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 from ml_collections import ConfigDict
 
+from jaxreason.checkpoint import hf
 from jaxreason.checkpoint.store import Store
 from jaxreason.data import prompts as prompts_lib
 from jaxreason.model.decoder import LanguageModel
@@ -401,7 +402,7 @@ def run_stage(run: Run, stage: RLStage) -> None:
             samples=workdir.samples,
             seed=config.seed,
             to_sampler=functools.partial(place, model=sampler),
-            evaluate=lambda params: run.evaluation.sampled_metrics(policy_of(params), key),
+            evaluate=lambda params: run.evaluation.sampled_metrics(hf.policy_of(params), key),
             trace_dir=str(workdir.path / "profile" / stage.name),
         )
         params, kept = _begins(run, stage, model, key)
@@ -450,8 +451,3 @@ def _outcome(records: Sequence[dict]) -> dict:
         "final_reward": rewards[-1],
         "skipped": records[-1]["rollout/skipped"],
     }
-
-
-def policy_of(params: Params) -> Params:
-    """The parameters without a critic's head: what is sampled from, scored and exported."""
-    return {name: value for name, value in params.items() if name != "value_head"}

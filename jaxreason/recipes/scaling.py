@@ -28,6 +28,11 @@ class ScalingStage:
     tags: chat.ThinkTags = chat.DEFAULT_TAGS
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest answer."""
+        return self.sampling.max_tokens
+
+    @property
     def num_points(self) -> int:
         s = self.section
         return 1 + len(s.budgets) * len(s.wordings) + len(s.waits)
@@ -70,6 +75,8 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> ScalingStage:
             f"votes is {tuple(section.votes)} at temperature 0, where all samples are the same"
         )
     start, tags = checkpoints.parse(section.init["from"]), assemble.think_tags(config)
+    if start.kind == "random":
+        raise ValueError("init.from is 'random'; test-time scaling is of a model that was trained")
     return ScalingStage(name, section, start, sampling, tags)
 
 

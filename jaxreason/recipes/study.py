@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import operator
 import pathlib
@@ -33,8 +34,8 @@ from jaxreason.report.summary import read_lines, read_metrics, write_whole
 from jaxreason.train.metrics import Progress
 
 _FROM = re.compile(
-    r"stages\.\w+\.(init\.from|train\.teacher\.from|gate\.from|solvers|data\.teacher"
-    r"|data\.sources\.\w+\.path)"
+    r"stages\.[^.]+\.(init\.from|train\.teacher\.from|gate\.from|solvers|data\.teacher"
+    r"|data\.sources\..+\.path)"
 )
 _UNASKED = re.compile(r"(run|log|mesh)\..*|name")  # how a cell is executed, not what it finds
 _UNSET = (None, "", (), [], {})
@@ -82,7 +83,7 @@ def plan(config: ConfigDict) -> dict[str, Cell]:
     """{name: cell}, each after those that it needs. Raises ValueError naming what is wrong."""
     if hosts.several():
         raise ValueError("a study is run by one process; several may share its cells among them")
-    study_report.Layout(**config.study.layout)
+    _check_compared(config, study_report.Layout(**config.study.layout))
     cells = {}
     for name, entry in config.cells.items():
         if not _NAME.fullmatch(name):
@@ -107,6 +108,17 @@ def plan(config: ConfigDict) -> dict[str, Cell]:
             raise ValueError(f"cells.{circle} needs {cells[circle].needs[0]!r}, which needs it")
         ordered |= {cell.name: cell for cell in ready}
     return ordered
+
+
+def _check_compared(config: ConfigDict, layout: study_report.Layout) -> None:
+    """Raises ValueError where `compare` has an arm that no cell is of."""
+    known = sorted({str(entry.facts.get(layout.line)) for entry in config.cells.values()})
+    for arm in itertools.chain.from_iterable(layout.compare):
+        if arm not in known:
+            raise ValueError(
+                f"study.layout.compare has {arm!r}; as {layout.line!r} the cells have "
+                f"{', '.join(known)}"
+            )
 
 
 def _check_set(config: ConfigDict, name: str) -> None:

@@ -34,10 +34,7 @@ def parse(text: str, key: str = "train.teacher.from") -> Checkpoint | None:
         return None
     if text == "random":
         raise ValueError(f"{key} is 'random'; a teacher is a model that was trained")
-    try:
-        return checkpoints.parse(text)
-    except ValueError as error:
-        raise ValueError(str(error).replace("init.from", key)) from error
+    return checkpoints.parse(text, key)
 
 
 def check_tokens(start: Checkpoint, tokenizer: Tokenizer, key: str = "train.teacher.from") -> None:

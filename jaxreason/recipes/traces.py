@@ -87,9 +87,10 @@ def plan(config: ConfigDict, name: str, section: ConfigDict) -> TracesStage:
     if section.server.url:
         server = _server(section, sampling)
     start = checkpoints.parse("random" if server else _teacher_text(section))
-    student = checkpoints.parse(section.gate["from"]) if section.gate["from"] else None
-    if student is not None:
+    student = None
+    if section.gate["from"]:
         _check_gate(section, server, sampling)
+        student = checkpoints.parse(section.gate["from"], "gate.from")
     keep = trace_files.Keep(section.keep, section.per_question, sampling.num_samples)
     return TracesStage(name, section, start, server, student, prompts, rewards, sampling, keep)
 

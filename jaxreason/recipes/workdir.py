@@ -17,7 +17,7 @@ from jaxreason.report.summary import write_whole
 # What may differ when a run resumes: how it is executed and watched, the mixture and the length,
 # how a teacher is reached and how much it is asked at a time.
 _CHANGEABLE = re.compile(
-    r"(mesh|run|log|eval)\..*|(stages\.\w+\.)?(data\.weights\..*|train\.steps|save_every|rows"
+    r"(mesh|run|log|eval)\..*|(stages\.[^.]+\.)?(data\.weights\..*|train\.steps|save_every|rows"
     r"|server\.(url|key_variable|concurrency|requests_per_minute|samples_per_request|timeout"
     r"|max_retries|backoff))"
 )

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
+
+from jaxreason.data import files
 
 
 def write_summary(
@@ -40,13 +41,8 @@ def write_summary(
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-    """Replaces a file by `text` in one rename, after the text is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replaces a file by `text`, as files.write_whole does."""
+    files.write_whole(path, lambda out: out.write(text.encode()))
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

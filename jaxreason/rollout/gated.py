@@ -217,9 +217,3 @@ def _completion(out: _Loop, row: int, stops_X: np.ndarray, decode) -> Gated:
 
 def _rounded(size: int) -> int:
     return max(1, -(-size // _LEAST)) * _LEAST
-
-
-def accepted_share(completions: Sequence[Gated]) -> float:
-    """The share of tokens that are the teacher's."""
-    flags = [flag for completion in completions for flag in completion.accepted]
-    return sum(flags) / max(len(flags), 1)

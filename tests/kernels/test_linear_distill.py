@@ -167,23 +167,6 @@ def test_tables_of_other_lengths_and_many_chunks(teacher_rows, monkeypatch):
     assert_close((total, tuple(sums)), (want[0], want[2]))
 
 
-def test_linear_kl_has_the_skew_too():
-    args = inputs(66)
-    mixes = [Mix(beta=beta, skew=0.1, temperature=0.6) for beta in (0.0, 1.0)]
-
-    def loss(h, w, teacher_h, teacher_w, targets, weights):
-        options = dict(temperature=0.6, skew=0.1, valid_vocab=VALID)
-        kl = lambda beta: linear_xent.linear_kl(
-            h, w, teacher_h, teacher_w, weights, beta=beta, **options
-        )
-        return kl(0.0) + 2 * kl(1.0), ()
-
-    total, gradients, _ = run(loss, *args)
-    forward, reverse = (expected(args, mix) for mix in mixes)
-    double = lambda x, y: x + 2 * y
-    assert_close((total, gradients), jax.tree.map(double, forward[:2], reverse[:2]))
-
-
 PRINTED = {
     Mix(): 0.1838, Mix(beta=0.1): 0.0165, Mix(beta=0.5): 0.0462, Mix(beta=0.9): 0.0171,
     Mix(beta=1.0): 0.1920, Mix(skew=0.1): 0.1486, Mix(beta=1.0, skew=0.1): 0.1524,

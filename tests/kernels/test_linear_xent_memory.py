@@ -61,19 +61,16 @@ def logprobs(h, w, targets, weights, teacher_h, teacher_w):
     return (weights * (logp_T + entropy_T)).sum()
 
 
-def kl(h, w, targets, weights, teacher_h, teacher_w, beta=0.0):
-    return linear_xent.linear_kl(h, w, teacher_h, teacher_w, weights, beta=beta)
+def distill(h, w, targets, weights, teacher_h, teacher_w, **mix):
+    of_teacher, mix = (teacher_h, teacher_w), linear_distill.Mix(**mix)
+    return linear_distill.linear_distill(h, w, *of_teacher, targets, weights, mix)[0]
 
 
-MIX = linear_distill.Mix(beta=0.5, nll_coef=0.5)
+kl = distill
+jsd = functools.partial(distill, beta=0.5, nll_coef=0.5)
 
 
-def distill(h, w, targets, weights, teacher_h, teacher_w):
-    rows = targets, weights
-    return linear_distill.linear_distill(h, w, teacher_h, teacher_w, *rows, MIX)[0]
-
-
-def plain_distill(h, w, targets, weights, teacher_h, teacher_w):
+def plain_jsd(h, w, targets, weights, teacher_h, teacher_w):
     log_p_TV, log_q_TV = log_softmax(teacher_h, teacher_w), log_softmax(h, w)
     log_m_TV = jnp.logaddexp(log_p_TV, log_q_TV) - math.log(2)
     kl_TV = jnp.exp(log_p_TV) * (log_p_TV - log_m_TV) + jnp.exp(log_q_TV) * (log_q_TV - log_m_TV)
@@ -104,7 +101,7 @@ LOSSES = {
     "xent": (xent, plain_xent),
     "logprobs": (logprobs, plain_logprobs),
     "kl": (kl, plain_kl),
-    "distill": (distill, plain_distill),
+    "jsd": (jsd, plain_jsd),
     "topk": (topk, plain_topk),
 }
 

@@ -56,11 +56,7 @@ def test_keep_says_why():
         curate.keep(SAMPLED, "all", 0)
 
 
-def test_quality_and_difficulty():
-    faults = {"empty": lambda t: not t.text, "figure": lambda t: "[asy]" in t.text}
-    traces = [trace("a", text="x"), trace("b", text=""), trace("c", text="[asy]")]
-    selection = curate.quality(traces, faults)
-    assert selection.kept == (0,) and selection.dropped == {1: "empty", 2: "figure"}
+def test_difficulty():
     solved = {"7b": [True, False, False, True], "32b": [False, True, False, True]}
     selection = curate.difficulty(4, solved)
     assert selection.kept == (2,)
@@ -142,22 +138,17 @@ def test_diversity_names_mistakes():
 
 
 def test_s1k_is_its_parts_one_after_the_other():
-    traces = [
-        trace(f"q{i}", num_tokens=i, domain="xy"[i % 2], text="t" * (i % 5)) for i in range(40)
-    ]
+    traces = [trace(f"q{i}", num_tokens=i, domain="xy"[i % 2]) for i in range(40)]
     solved = {"7b": [i % 3 == 0 for i in range(40)], "32b": [i < 4 for i in range(40)]}
-    faults = {"empty": lambda t: not t.text}
-    trusted = lambda t: t.question in ("q6", "q5")  # q5 is empty: quality comes first
+    trusted = lambda t: t.question == "q6"
     config = Diversity(num=12, seed=1)
-    got = curate.s1k(traces, faults=faults, solved=solved, config=config, trusted=trusted)
+    got = curate.s1k(traces, solved=solved, config=config, trusted=trusted)
     assert got.kept[0] == 6 and len(got.kept) == 12 == len(set(got.kept))
     assert sorted((*got.kept, *got.dropped)) == list(range(40))
-    assert got.dropped[5] == "empty" and got.dropped[9] == "solved by 7b"
+    assert got.dropped[9] == "solved by 7b"
     assert got.dropped[3] == "solved by 7b and 32b"
-    assert all(i % 5 and i >= 4 and (i % 3 or i == 6) for i in got.kept)
-    # 8 are empty; of the 32 others 11 are divisible by 3, of which 6 is trusted; 1, 2, 4 - 1.
-    assert got.reasons["empty"] == 8
-    hard = [i for i in range(40) if i % 5 and not (solved["7b"][i] or solved["32b"][i])]
+    assert all(i >= 4 and (i % 3 or i == 6) for i in got.kept)
+    hard = [i for i in range(40) if not (solved["7b"][i] or solved["32b"][i])]
     assert got.reasons[curate.NOT_DRAWN] == len(hard) - 11
 
 

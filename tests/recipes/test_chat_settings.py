@@ -6,7 +6,8 @@ import json
 import jax
 import pytest
 
-from jaxreason.recipes import assemble, checkpoints, defaults, evaluation
+from jaxreason import launch
+from jaxreason.recipes import assemble, checkpoints, defaults, evaluation, pipeline
 from jaxreason.recipes.workdir import Workdir
 from jaxreason.rewards.mix import RewardConfig
 from jaxreason.rollout.generate import build_generate
@@ -129,3 +130,14 @@ def test_evaluations_pass_the_tokenizers_stops_on(published, monkeypatch):
     evaluation.generator(config, tokenizer, None, 4)
     assert given[3] == 258 and given[-1] == (256, 257)
     assert given[-2].close == tuple(tokenizer.encode("</r>"))
+
+
+def test_of_several_stages_the_template_is_that_of_where_the_first_starts(published, monkeypatch):
+    """By name `rl` comes before the `sft` that it starts from."""
+    monkeypatch.setattr(assemble, "device_mesh", lambda mesh: None)
+    config = launch.load_config("lfm")
+    config.stages.sft.init["from"] = str(published)
+    assert assemble.template_name(config) == str(published)
+    sft, rl = pipeline.stages_of(config)
+    assert (sft.name, rl.name) == ("sft", "rl")
+    assert sft.data.chat_template == str(published)

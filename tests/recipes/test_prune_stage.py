@@ -16,6 +16,7 @@ TRACES = dict(
     name="arithmetic", kind="arithmetic", rendering="long_cot", split="train",
     prompt_template="{expression}=",
 )  # fmt: skip
+TEXTS = defaults.source(name="a", path="a.jsonl", text_field="text")
 
 
 def stage(**changes) -> ConfigDict:
@@ -181,6 +182,8 @@ def test_the_student_is_asked_from_the_first_steps_and_graded(tmp_path, monkeypa
         (dict(batch=0), r"batch is 0; it must be 1 or more"),
         (dict(init={"from": ""}), r"init\.from is ''; traces are pruned for a student"),
         (dict(solved_by="format"), r"solved_by is 'format'; it must be one of rewards: accuracy"),
+        (dict(data=dict(limit=0, sources={})), r"data\.sources is empty; it must name at least"),
+        (dict(data=dict(limit=0, sources=dict(a=TEXTS))), r"data\.sources\.a holds pairs or texts"),
     ],
 )
 def test_what_cannot_run_is_named(changes, says):

@@ -1,20 +1,23 @@
 """The stage of test-time scaling: what it refuses, what it asks the sampler for, what it counts."""
 
 import io
+import json
 
 import pytest
 import rich.console
 from ml_collections import ConfigDict
 
+from jaxreason import launch
 from jaxreason.evals.accuracy import Problem
 from jaxreason.evals.suite import EvalSet
-from jaxreason.recipes import defaults, scaling
+from jaxreason.recipes import defaults, pipeline, scaling
 from jaxreason.recipes.evaluation import Evaluation
 from jaxreason.text.tokenizer import ByteTokenizer
 from jaxreason.train.metrics import Progress
 from jaxreason.types import Completion, Sampling, ThinkingBudget
 
 BYTES = ByteTokenizer()
+MODEL = defaults.model_config()  # a checkpoint has its own shape
 
 
 def example(**changes) -> tuple[ConfigDict, ConfigDict]:
@@ -24,8 +27,8 @@ def example(**changes) -> tuple[ConfigDict, ConfigDict]:
         "arithmetic": defaults.arithmetic_eval(max_tokens=64, top_p=0.9),
         "books": defaults.text_eval("books.jsonl"),
     }
-    section = defaults.scaling_config(**{"budgets": (0, 16), "waits": (0, 1), **changes})
-    section["init"]["from"] = "@rl"
+    fields = {"budgets": (0, 16), "waits": (0, 1), "init": {"from": "@rl"}, **changes}
+    section = defaults.scaling_config(**fields)
     return config, ConfigDict(section)
 
 
@@ -51,6 +54,7 @@ def completion(text: str, forced: str = "") -> Completion:
         ({"num_samples": 0}, r"num_samples is 0; it must be 1 or more"),
         ({"temperature": 0.0}, r"votes is \(1, 2, 4, 8, 16\) at temperature 0"),
         ({"max_tokens": 0}, r"max_tokens is 0; it must be at least 1"),
+        ({"init": {"from": "random"}}, r"init\.from is 'random'; test-time scaling is of a model"),
     ],
 )
 def test_what_cannot_run_is_named_before_anything_is_built(changes, says):
@@ -123,3 +127,23 @@ def test_a_stage_makes_one_record_a_point_and_draws_each_set_of_samples_once():
 )
 def test_thinking_is_what_the_model_chose_between_the_tags(text, forced, thinking):
     assert scaling.thinking_counter(BYTES.decode)(completion(text, forced)) == thinking
+
+
+@pytest.mark.slow
+def test_a_pipeline_may_have_this_stage_alone(tmp_path):
+    config = launch.load_config("quickstart:smoke")
+    config.arithmetic.update(num_train=20, num_test=4)
+    config.model.num_layers, config.run.export, config.eval.rows = 1, False, 8
+    scaling, training = config.stages.scaling.to_dict(), config.stages.pretrain
+    training.train.steps, training.train.optimizer.warmup_steps = 1, 0
+    training.data.update(rows=8, examples_per_batch=8)
+    config.stages, sets, config.eval.sets = {"base": training}, config.eval.sets, {}
+    pipeline.run(config, tmp_path / "base")
+
+    scaling.update(votes=(1, 2), num_samples=2, budgets=(), waits=(), limit=2, max_tokens=4)
+    scaling["init"]["from"] = f"{tmp_path}/base@base"
+    config.stages, config.eval.sets, config.model = {"scaling": scaling}, sets, MODEL
+    pipeline.run(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "done" and summary["stages"] == {}
+    assert {one["n"] for one in summary["scaling"]} == {1, 2}

@@ -25,3 +25,16 @@ def test_a_stage_from_nowhere_or_from_itself_is_refused():
     config.stages.rl.init["from"] = "@scaling"
     with pytest.raises(ValueError, match="'@scaling'"):
         stages_of(config)
+
+
+def test_a_pipeline_without_a_stage_is_refused():
+    config = launch.load_config("quickstart:smoke")
+    config.stages = {}
+    with pytest.raises(ValueError, match="stages is empty; it must have one at least"):
+        stages_of(config)
+
+
+def test_a_start_that_is_not_given_is_said_of_its_own_stage():
+    """`rl` comes before `sft` by name, and its template is that of where `sft` starts."""
+    with pytest.raises(ValueError, match=r"stages\.sft: init\.from is ''; give random, WORKDIR@"):
+        stages_of(launch.load_config("lfm"))

@@ -175,6 +175,10 @@ def test_a_cell_learns_from_what_another_left(tmp_path):
             ),
             r"path is 'nope@prune'; there is no such cell among a-long, base",
         ),
+        (
+            lambda c: c.study.layout.update(compare=(("long", "shrot"),)),
+            r"study\.layout\.compare has 'shrot'; as 'arm' the cells have long, short, start",
+        ),
     ],
 )
 def test_a_grid_that_cannot_run_is_refused_at_once(tmp_path, change, says, monkeypatch):

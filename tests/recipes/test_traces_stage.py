@@ -62,6 +62,7 @@ SERVER = {"init.from": "", "server.url": "http://localhost:1/v1", "server.model_
         (SERVER | {"sampling.thinking.max_tokens": 9}, r"sampling\.thinking is set; a server has"),
         (SERVER | {"gate.from": "@student"}, r"gate\.from is '@student' and server\.url"),
         ({"gate.from": "random"}, r"gate is .*; its student is a checkpoint"),
+        ({"gate.from": "nowhere"}, r"gate\.from is 'nowhere'; nowhere holds no config\.json"),
         ({"gate.from": "@student", "sampling.stop": ("x",)}, r"sampling\.stop is \('x',\)"),
         ({"keep": "best"}, r"keep is 'best'; it must be one of all, correct, first_correct"),
         ({"per_question": 9}, r"per_question is 9; it must be 0 to sampling\.num_samples = 8"),

@@ -141,6 +141,10 @@ def test_published_data_sets_and_the_projects_own_files(tmp_path):
         for path in (str(table), write(tmp_path / f"{name}.jsonl", [row])):
             (only,) = read_traces([path], {}, WORDS).sets.values()
             assert [(t.question, t.text, t.correct, t.truncated) for t in only.traces] == found
+    pruned = {"question": "Q", "reasoning": "3+4=7", "num_tokens": 47, "kept_tokens": 5}
+    path = write(tmp_path / "pruned.jsonl", [pruned])
+    (only,) = read_traces([path], {}, WORDS).sets.values()
+    assert [t.num_tokens for t in only.traces] == [5]  # of the text that is read
 
 
 def test_what_is_malformed_is_counted_and_named(inspect_cot, tmp_path, capsys):
