@@ -21,6 +21,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 import pytest
 from counting_model import counting  # noqa: F401  (a fixture)
 from simulated_kernels import simulated_kernels  # noqa: F401  (a fixture)
+from untrained import checkpoint  # noqa: F401  (a fixture)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

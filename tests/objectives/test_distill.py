@@ -185,12 +185,13 @@ def test_adapters_learn_beside_a_teacher():
 # --- layout ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "shape"),
     [
         (72, {"fsdp": 4, "tensor": 2}),
-        pytest.param(56, {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param(None, {"fsdp": 2, "tensor": 2, "context": 2}, marks=pytest.mark.slow),
+        (56, {"fsdp": 4, "tensor": 2}),
+        (None, {"fsdp": 2, "tensor": 2, "context": 2}),
     ],
 )
 def test_microbatches_and_eight_devices_change_nothing(rows, shape):

@@ -91,14 +91,10 @@ def scene(monkeypatch):
     Oracle.asked, Oracle.patience = collections.Counter(), 1_000
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    """A checkpoint of another run."""
-    workdir = tmp_path_factory.mktemp("base") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxreason.recipes.assemble.device_mesh", lambda mesh: None)
-        pipeline.run(config_of(), workdir)
-    return f"{workdir}@base"
+@pytest.fixture
+def base(checkpoint) -> str:
+    """A model that has learnt nothing."""
+    return str(checkpoint)
 
 
 def outcome(workdir):
@@ -279,7 +275,7 @@ def test_a_killed_run_goes_on_after_its_last_batch(base, tmp_path, monkeypatch):
 
 
 def test_a_real_solver_is_asked_through_the_engine(base, tmp_path):
-    """A base that has seen two batches solves nothing; what it wrote is on the disk."""
+    """One that has learnt nothing solves nothing; what it wrote is on the disk."""
     section = stage(tmp_path, [record("3+4="), record("2+5=")], solvers=(base,), rows=8)
     pipeline.run(alone(section), tmp_path / "run")
     said = read_lines(tmp_path / "run/data/chosen.solver0.all.jsonl")

@@ -7,10 +7,6 @@ import jax
 import pytest
 
 from jaxreason import launch
-from jaxreason.checkpoint import hf
-from jaxreason.model.config import preset
-from jaxreason.model.decoder import LanguageModel
-from jaxreason.model.execution import Execution
 from jaxreason.recipes import assemble, terminal
 from jaxreason.text import chat
 from jaxreason.text.tokenizer import ByteTokenizer
@@ -21,19 +17,6 @@ BYTES = ByteTokenizer()
 TAGS = chat.DEFAULT_TAGS
 PLAIN = chat.template_for("plain", BYTES)
 QWEN3 = chat.template_for("qwen3", BYTES)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A Hugging Face directory of random parameters that reads bytes."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    shape = preset("qwen3-tiny", vocab_size=261, num_layers=1, embed_dim=32, mlp_dim=32)
-    model = LanguageModel(shape, Execution(), None, valid_vocab=261)
-    save = lambda path: BYTES.save(path, chat_template=QWEN3.jinja)
-    params = model.init(jax.random.key(0))
-    ends = {"eos_token_id": BYTES.eos_id, "pad_token_id": BYTES.pad_id}
-    hf.export_hf(folder, shape, params, generation=ends, save_tokenizer=save)
-    return folder
 
 
 @pytest.fixture

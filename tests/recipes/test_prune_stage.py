@@ -27,8 +27,17 @@ def stage(**changes) -> ConfigDict:
     return ConfigDict(section | changes)
 
 
+def alone(prune_stage, checkpoint) -> ConfigDict:
+    """Of a student that has learnt nothing; nothing learns from what is pruned."""
+    c = config_of(prune_stage)
+    c.stages = {"prune": prune_stage}
+    c.stages.prune.init["from"] = str(checkpoint)
+    c.model = defaults.model_config()  # the checkpoint's shape
+    return c
+
+
 def config_of(prune_stage) -> ConfigDict:
-    """A base that has learnt next to nothing, and three stages that learn from what is pruned."""
+    """A base that has learnt next to nothing, and two stages that learn from what is pruned."""
     c = launch.load_config("quickstart:smoke")
     c.model.num_layers = 1
     c.arithmetic.update(num_train=60, num_test=4, review_share=0.7, max_reviews=2)
@@ -81,14 +90,13 @@ class Oracle:
 @pytest.fixture(autouse=True)
 def scene(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("jaxreason.recipes.assemble.device_mesh", lambda mesh: None)
 
 
 @pytest.mark.parametrize("learners", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_traces_are_pruned_then_learnt_then_preferred(learners, tmp_path, monkeypatch):
+def test_traces_are_pruned_then_learnt_then_preferred(learners, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(prune, "Student", Oracle)
-    config = config_of(stage())
-    if not learners:
-        del config.stages["sft"], config.stages["dpo"]
+    config = config_of(stage()) if learners else alone(stage(), checkpoint)
     # Killed in its second batch of 16: what the first was asked is kept.
     monkeypatch.setattr(Oracle, "dies_at", 8)
     with pytest.raises(KeyboardInterrupt):
@@ -100,7 +108,8 @@ def test_traces_are_pruned_then_learnt_then_preferred(learners, tmp_path, monkey
     pipeline.run(config, tmp_path)
     every = read_lines(tmp_path / "data" / "prune.all.jsonl")
     assert every[:16] == first and Oracle.asked == sum(len(one["asked"]) for one in every[16:])
-    pruned, whole = check_pruned(tmp_path), {one["id"]: one for one in every}
+    student = "@pretrain@2" if learners else str(checkpoint)
+    pruned, whole = check_pruned(tmp_path, student), {one["id"]: one for one in every}
     assert len(pruned) == len(whole) == 40
     for one in pruned:
         steps = whole[one["id"]]["steps"]
@@ -124,11 +133,11 @@ def test_traces_are_pruned_then_learnt_then_preferred(learners, tmp_path, monkey
     assert read_lines(tmp_path / "data" / "prune.jsonl") == pruned
 
 
-def check_pruned(workdir):
+def check_pruned(workdir, student):
     """What the marker and the pairs say of the pruned traces, which are returned."""
     pruned = read_lines(workdir / "data" / "prune.jsonl")
     marker = json.loads((workdir / "stages" / "prune.json").read_text())
-    assert marker["num_kept"] == 40 and marker["student"] == "@pretrain@2"
+    assert marker["num_kept"] == 40 and marker["student"] == student
     assert 0.3 < marker["kept_tokens"] < 0.8  # reviews are about half of such a trace
     assert marker["max_questions"] <= 1 + 6  # of at most 60 steps
     pairs = read_lines(workdir / "data" / "prune.pairs.jsonl")
@@ -137,16 +146,15 @@ def check_pruned(workdir):
     return pruned
 
 
-@pytest.mark.slow
-def test_a_student_that_cannot_answer_keeps_nothing(tmp_path):
-    """The real one, through the engine: a base that has seen two batches is never right."""
+def test_a_student_that_cannot_answer_keeps_nothing(checkpoint, tmp_path):
+    """The real one, through the engine: a model that has learnt nothing is never right."""
     with pytest.raises(ValueError, match=r"not one trace is kept: .*full trace not valid"):
-        pipeline.run(config_of(stage()), tmp_path)
+        pipeline.run(alone(stage(), checkpoint), tmp_path)
     asked = [one["asked"] for one in read_lines(tmp_path / "data" / "prune.all.jsonl")]
     assert len(asked) == 40 and all(len(a) == 1 and a[0][1] is False for a in asked)
 
 
-def test_the_student_is_asked_from_the_first_steps_and_graded(tmp_path, monkeypatch):
+def test_the_student_is_asked_from_the_first_steps_and_graded(checkpoint, tmp_path, monkeypatch):
     """The real one with a model that repeats the last number of its prompt."""
     prompts = []
 
@@ -163,8 +171,8 @@ def test_the_student_is_asked_from_the_first_steps_and_graded(tmp_path, monkeypa
     monkeypatch.setattr(prune.evaluation, "generator", generator)
     thought = "<think>\n2*3=6\nagain 1+2=3\nso 2*3=6\n</think>\n\n6"
     one = turns("Be brief.", "2*3", thought)
-    config = config_of(stage(answer_field="answer", method="exhaustive", **records(tmp_path, one)))
-    del config.stages["sft"], config.stages["dpo"]
+    section = stage(answer_field="answer", method="exhaustive", **records(tmp_path, one))
+    config = alone(section, checkpoint)
     pipeline.run(config, tmp_path / "run")
     (every,) = read_lines(tmp_path / "run/data/prune.all.jsonl")
     assert every["asked"] == [[3, True], [2, False], [1, True]] and every["kept"] == 1
@@ -220,7 +228,7 @@ def turns(*contents, answer="6") -> dict:
     return {"messages": made, "answer": answer}
 
 
-def test_what_cannot_be_pruned_is_dropped_and_counted(tmp_path, monkeypatch):
+def test_what_cannot_be_pruned_is_dropped_and_counted(checkpoint, tmp_path, monkeypatch):
     """A system turn goes along; records of several turns or without the field do not end a run."""
     monkeypatch.setattr(prune, "Student", Oracle)
     thought = "<think>\n2+3=5\n3+3=6\nsure 5+1=6\n</think>\n\n6"
@@ -228,8 +236,7 @@ def test_what_cannot_be_pruned_is_dropped_and_counted(tmp_path, monkeypatch):
     several = turns("s", "2+2", "4", "3+3", thought)
     without = {"messages": turns("3+3", thought)["messages"]}
     found = records(tmp_path, good, several, without, turns("3+3", "6"), {"messages": []})
-    config = config_of(stage(answer_field="answer", **found))
-    del config.stages["sft"], config.stages["dpo"]
+    config = alone(stage(answer_field="answer", **found), checkpoint)
     pipeline.run(config, tmp_path / "run")
     (one,) = read_lines(tmp_path / "run/data/prune.jsonl")
     assert (one["system"], one["question"], one["reasoning"]) == (
