@@ -5,11 +5,15 @@ show that real records arrive, that the loss falls, and that what was trained is
 exported.
 """
 
+import gzip
+import itertools
 import json
 
+import pyarrow as pa
 import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
+from pyarrow import parquet
 
 from jaxreason import launch
 from jaxreason.checkpoint import hf
@@ -80,3 +84,49 @@ def test_answers_and_rationales_are_learnt_as_two_tasks(tmp_path):
     pipeline.run(c, tmp_path / "run")
     found = checked(tmp_path / "run", "student", "arithmetic")
     assert found["filtered"] == 2_229  # rationales of a score below 1; of labels none is left out
+
+
+def test_lfm_goes_on_from_a_checkpoint(checkpoint, shared_data, tmp_path, monkeypatch):
+    """Not the smoke: as a user starts it, with the checkpoint's template, tokenizer and shape.
+
+    GSM8K's solutions stand for OpenThoughts' traces.
+    """
+    (tmp_path / "data/openthoughts").mkdir(parents=True)
+    (tmp_path / "data/gsm8k").symlink_to(shared_data / "gsm8k")
+    monkeypatch.setenv("JAXREASON_DATA", str(tmp_path / "data"))
+    with gzip.open(shared_data / "gsm8k/train.jsonl.gz", "rt") as lines:
+        records = [json.loads(line) for line in itertools.islice(lines, 64)]
+    parquet.write_table(
+        pa.Table.from_pylist([openthoughts(**record) for record in records]),
+        tmp_path / "data/openthoughts/part.parquet",
+    )
+    c = launch.load_config("lfm")
+    short(c, c.stages.sft, rows=8)
+    c.stages.sft.init["from"] = str(checkpoint)
+    c.stages.sft.data.update(length=1024, num_shards=1)
+    c.mesh.microbatches, c.eval.rows = 1, 4
+    rl = c.stages.rl
+    rl.data.band_min_samples = 4
+    rl.rewards.length.update(max_tokens=16, buffer_tokens=8)
+    rl.rollout.update(
+        num_prompts=2, num_generations=4, max_tokens=16, slots=8, filter_zero_std=False
+    )
+    rl.train.update(steps=2, updates=1, length=2048, rows_multiple=2)
+    rl.train.optimizer.warmup_steps = 0
+    pipeline.run(c, tmp_path / "run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert list(summary["stages"]) == ["sft", "rl"] and list(summary["evals"]) == ["sft", "rl"]
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run") if r["stage"] == "sft"]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    template = (checkpoint / "chat_template.jinja").read_text()
+    assert (tmp_path / "run/hf/rl/chat_template.jinja").read_text() == template
+
+
+def openthoughts(question: str, answer: str) -> dict:
+    reasoning, _, number = answer.partition("####")
+    said = (
+        f"<|begin_of_thought|>\n\n{reasoning}\n\n<|end_of_thought|>\n\n"
+        f"<|begin_of_solution|>\n\n\\boxed{{{number.strip()}}}\n\n<|end_of_solution|>"
+    )
+    turns = [{"from": "user", "value": question}, {"from": "assistant", "value": said}]
+    return {"system": "Think.", "conversations": turns}
