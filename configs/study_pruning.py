@@ -1,6 +1,6 @@
 """Long chains cut to what their student needs: what is lost in accuracy, what is saved in tokens.
 
-  python -m jaxreason.launch --config=study_pruning          2 CPU cores, 86 minutes, a study beside
+  python -m jaxreason.launch --config=study_pruning          2 CPU cores, 2 hours, other jobs beside
   python -m jaxreason.launch --config=study_pruning:smoke    the same in little
 
 After Efficient Long CoT (arXiv 2505.18440), on the arithmetic of study_valley: of the long chains
