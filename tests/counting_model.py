@@ -18,17 +18,30 @@ def count(first: int) -> list[int]:
 
 
 def _batch() -> Batch:
-    rows = [count(first) for first in range(60)]
-    tokens, weights = np.zeros((60, LENGTH + 1), np.int32), np.zeros((60, LENGTH), np.float32)
-    for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = ids
-        weights[row, : len(ids) - 1] = 1
+    """All sixty, packed into rows as they fit."""
+    rows: list[list[list[int]]] = []
+    for ids in sorted(map(count, range(60)), key=len, reverse=True):
+        fits = (row for row in rows if sum(map(len, row)) + len(ids) <= LENGTH)
+        row = next(fits, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(ids)
+    tokens, targets, segments, positions = np.zeros((4, len(rows), LENGTH), np.int32)
+    weights = np.zeros((len(rows), LENGTH), np.float32)
+    for at, row in enumerate(rows):
+        start = 0
+        for number, ids in enumerate(row, 1):
+            here = slice(start, start + len(ids))
+            tokens[at, here], targets[at, here] = ids, [*ids[1:], 0]
+            weights[at, here] = [1] * (len(ids) - 1) + [0]
+            segments[at, here], positions[at, here] = number, range(len(ids))
+            start = here.stop
     return Batch(
-        tokens_BT=tokens[:, :-1],
-        targets_BT=tokens[:, 1:],
+        tokens_BT=tokens,
+        targets_BT=targets,
         weights_BT=weights,
-        segments_BT=np.ones((60, LENGTH), np.int32),
-        positions_BT=np.tile(np.arange(LENGTH, dtype=np.int32), (60, 1)),
+        segments_BT=segments,
+        positions_BT=positions,
     )
 
 

@@ -406,7 +406,7 @@ def test_fault_15_a_kl_in_the_loss_is_never_negative():
         assert (kl(logp, logp * (1 + 1e-6), estimator) >= 0).all()  # where rounding bites
 
 
-@pytest.mark.parametrize("recipe", ["fit", "rl"])
+@pytest.mark.parametrize("recipe", ["fit", pytest.param("rl", marks=pytest.mark.slow)])
 def test_fault_16_the_options_of_a_config_are_those_of_the_step_that_runs(
     tmp_path, monkeypatch, recipe
 ):

@@ -59,7 +59,7 @@ def over_devices(number: int, kernel: str, exchange: str):
 @pytest.mark.parametrize(
     "name, number, kernel",
     [("causal", 2, "blockwise"), ("packed", 8, "blockwise"), ("all", 4, "reference"),
-     ("all", 8, "blockwise"), ("all", 4, "flash")],
+     ("all", 8, "blockwise"), pytest.param("all", 4, "flash", marks=pytest.mark.slow)],
 )  # fmt: skip
 @pytest.mark.usefixtures("simulated_kernels")
 def test_a_row_over_devices_is_the_row(name, number, kernel, exchange):

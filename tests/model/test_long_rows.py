@@ -50,7 +50,7 @@ def test_a_long_row_takes_a_fifth_of_the_memory_and_has_the_same_loss(exchange):
     "first, second, length",
     [(60, 50, 128), pytest.param(9_000, 20_000, LENGTH, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("exchange", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
 def test_another_first_document_leaves_the_second_bit_equal_over_devices(
     exchange, first, second, length
 ):

@@ -325,6 +325,7 @@ def test_microbatches_change_nothing(name):
         assert_trees_close(one_step(microbatches), whole, 1e-6)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     """The real model with a value head, and every sum over sequences there is."""
     policy = PolicyGradient(

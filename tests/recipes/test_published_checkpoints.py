@@ -52,6 +52,7 @@ def test_fine_tuning_takes_the_checkpoints_own_template(name, llama, tmp_path):
     assert (exported / "chat_template.jinja").read_text() == published
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_and_scores_text(llama, tmp_path):
     """Text has no turns, so any tokenizer does; its bits per byte are scored too."""
     c = shipped("pretrain:hf", llama)

@@ -259,6 +259,7 @@ def test_a_step_is_measured_on_its_own_devices_only(there, changes, message, mon
         tune_step.measured(tiny_step(**changes))
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_and_measured_here():
     """On the eight virtual CPU devices: as the recipe would make it, sharded, state aliased."""
     step = tiny_step()

@@ -113,7 +113,15 @@ def test_the_order_of_arrival_changes_nothing(counting, greedy):
         assert c.truncated == (len(want[i][0].ids) > limits[i] or want[i][0].truncated)
 
 
-@pytest.mark.parametrize("shape", [{"data": 4}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"fsdp": 2, "tensor": 2},
+        pytest.param({"data": 4}, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_meshes_change_nothing(counting, greedy, shape):
     _, params = counting
     prompts, want = greedy

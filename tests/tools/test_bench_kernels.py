@@ -237,6 +237,7 @@ def test_the_reference_of_the_head_is_that_of_all_rows_at_once(bench):
     assert kernels._head_error(truth, made | {"loss": 1.01 * value}) > 5e-3
 
 
+@pytest.mark.slow
 def test_tuning_one_head_dim(bench, monkeypatch):
     """Simulated: what is slower here is not what is slower on a GPU, but it goes through."""
     tune, tiles = bench.bench_tune, Tiles(16, 32, 4, 2)
