@@ -5,12 +5,14 @@ or learn from, stages of other cells, as `init.from = "NAME@STAGE"` or the `path
 of a source; those cells come first. What a cell found is one small file, FOLDER/NAME.json. A cell
 whose file is there is not run again, unless its config, or that of a cell it builds on, is another
 one than the file was made with. So the grid goes on where it stopped, on another machine too:
-there, only what a missing cell builds on is run again.
+there, only what a missing cell builds on is run again. The same command started several times
+shares the grid: each process takes cells that no other is at.
 """
 
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -41,6 +43,7 @@ _UNASKED = re.compile(r"(run|log|mesh)\..*|name")  # how a cell is executed, not
 _UNSET = (None, "", (), [], {})
 _DIGITS = string.digits + string.ascii_lowercase
 _NAME = re.compile(r"[\w-]+")
+_PAUSE = 5.0  # seconds until cells are looked at again that other processes are at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,10 @@ class Cell:
 def plan(config: ConfigDict) -> dict[str, Cell]:
     """{name: cell}, each after those that it needs. Raises ValueError naming what is wrong."""
     if hosts.several():
-        raise ValueError("a study is run by one process; several may share its cells among them")
+        raise ValueError(
+            f"recipe is 'study' and there are {hosts.count()} processes; a study is of one, and "
+            "the same command started several times shares its cells"
+        )
     _check_compared(config, study_report.Layout(**config.study.layout))
     cells = {}
     for name, entry in config.cells.items():
@@ -204,12 +210,21 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     )
     failed: dict[str, str | None] = {}  # None: what it needs failed
     done: set[str] = set()
-    for number, name in enumerate(missing, 1):
-        progress.say(f"cell {number} of {len(missing)}: {name}")
-        _run_cell(cells, name, folder, kept, done, failed)
-        _report(config, cells, kept)
-    if not missing:
-        _report(config, cells, kept)
+    left = missing
+    while left:
+        busy = []
+        for name in left:
+            if _kept(kept, cells, name) is not None:  # another process was at it
+                continue
+            progress.say(f"cell {missing.index(name) + 1} of {len(missing)}: {name}")
+            if _run_cell(cells, name, folder, kept, done, failed):
+                _report(config, cells, kept)
+            else:
+                busy.append(name)
+        if busy == left:
+            time.sleep(_PAUSE)
+        left = busy
+    _report(config, cells, kept)
     if failed:  # the others are done, and the same command comes back to these
         own = {name: why for name, why in failed.items() if why is not None}
         others = len(failed) - len(own)
@@ -225,32 +240,54 @@ def _run_cell(
     kept: pathlib.Path,
     done: set[str],
     failed: dict[str, str | None],
-) -> None:
+) -> bool:
     """Leaves the cell's file, after those of what it needs, or says in `failed` why there is none.
 
-    Of what it needs, those that have a file but no finished workdir here are run, too.
+    Of what it needs, those that have a file but no finished workdir here are run, too. False where
+    another process is at the cell, or at one that it needs.
     """
     if name in done or name in failed:
-        return
+        return True
     cell, workdir = cells[name], folder / name
     for other in cell.needs:
-        _run_cell(cells, other, folder, kept, done, failed)
+        if not _run_cell(cells, other, folder, kept, done, failed):
+            return False
         if other in failed:
             failed[name] = None
-            return
-    with _timed(workdir) as spent:
-        try:
-            pipeline.run(_resolved(cell, folder), workdir)
-        except ValueError as error:
-            failed[name] = str(error)
-            return
-    jax.clear_caches()  # the next cell's programs are its own
-    if _kept(kept, cells, name) is None:
-        facts = {"name": name, "facts": cell.facts, "seed": cell.config.seed,
-                 "asked": asked(cells, name), "jax": jax.__version__, **spent}  # fmt: skip
-        found = facts | findings(cell, workdir)
-        write_whole(kept / f"{name}.json", json.dumps(found, indent=1) + "\n")
+            return True
+    with _claimed(folder, name) as is_ours:
+        if not is_ours:
+            return False
+        with _timed(workdir) as spent:
+            try:
+                pipeline.run(_resolved(cell, folder), workdir)
+            except ValueError as error:
+                failed[name] = str(error)
+                return True
+        jax.clear_caches()  # the next cell's programs are its own
+        if _kept(kept, cells, name) is None:
+            facts = {"name": name, "facts": cell.facts, "seed": cell.config.seed,
+                     "asked": asked(cells, name), "jax": jax.__version__, **spent}  # fmt: skip
+            found = facts | findings(cell, workdir)
+            write_whole(kept / f"{name}.json", json.dumps(found, indent=1) + "\n")
     done.add(name)
+    return True
+
+
+@contextlib.contextmanager
+def _claimed(folder: pathlib.Path, name: str):
+    """Whether no other process is at this cell; within it none can be.
+
+    However the process ends, the claim ends with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextlib.contextmanager

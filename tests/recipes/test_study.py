@@ -1,7 +1,10 @@
 """The grid: what runs again and what does not, in which order, and what the report says."""
 
+import fcntl
 import json
 import pathlib
+import threading
+import time
 
 import pytest
 from conftest import ROOT
@@ -187,6 +190,29 @@ def test_a_grid_that_cannot_run_is_refused_at_once(tmp_path, change, says, monke
     change(config)
     with pytest.raises(ValueError, match=says):
         study.run(config, tmp_path / "w")
+
+
+def test_a_cell_that_another_process_is_at_comes_last(tmp_path, monkeypatch):
+    """A lock that is held here stands for the other process; what needs the cell waits, too."""
+    pretended = Pretended()
+    monkeypatch.setattr(pipeline, "run", pretended)
+    monkeypatch.setattr(study, "_PAUSE", 0.01)
+    config = grid(tmp_path / "kept")
+    config.cells["short-1"].config.stages.sft.init["from"] = "a-long@sft"
+    (tmp_path / "w").mkdir()
+    with (tmp_path / "w/.a-long.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        running = threading.Thread(target=study.run, args=(config, tmp_path / "w"))
+        running.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "kept/short-0.json").exists():
+            assert time.monotonic() < deadline and running.is_alive()
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert running.is_alive() and pretended.ran == ["base", "short-0"]
+    running.join(60)
+    assert pretended.ran == ["base", "short-0", "a-long", "short-1"]
+    assert sorted(path.stem for path in (tmp_path / "kept").glob("*.json")) == sorted(config.cells)
 
 
 def test_an_unknown_key_of_a_cell_is_named():
