@@ -210,20 +210,21 @@ def run(config: ConfigDict, folder: pathlib.Path) -> None:
     )
     failed: dict[str, str | None] = {}  # None: what it needs failed
     done: set[str] = set()
-    left = missing
+    left, waits = missing, False
     while left:
         busy = []
         for name in left:
             if _kept(kept, cells, name) is not None:  # another process was at it
                 continue
-            progress.say(f"cell {missing.index(name) + 1} of {len(missing)}: {name}")
-            if _run_cell(cells, name, folder, kept, done, failed):
+            if _run_cell(cells, name, folder, kept, done, failed, progress):
                 _report(config, cells, kept)
             else:
                 busy.append(name)
         if busy == left:
+            if not waits:
+                progress.say(f"{len(left)} cells are left, and others are at what comes first")
             time.sleep(_PAUSE)
-        left = busy
+        left, waits = busy, busy == left
     _report(config, cells, kept)
     if failed:  # the others are done, and the same command comes back to these
         own = {name: why for name, why in failed.items() if why is not None}
@@ -240,6 +241,7 @@ def _run_cell(
     kept: pathlib.Path,
     done: set[str],
     failed: dict[str, str | None],
+    progress: Progress,
 ) -> bool:
     """Leaves the cell's file, after those of what it needs, or says in `failed` why there is none.
 
@@ -250,7 +252,7 @@ def _run_cell(
         return True
     cell, workdir = cells[name], folder / name
     for other in cell.needs:
-        if not _run_cell(cells, other, folder, kept, done, failed):
+        if not _run_cell(cells, other, folder, kept, done, failed, progress):
             return False
         if other in failed:
             failed[name] = None
@@ -258,6 +260,7 @@ def _run_cell(
     with _claimed(folder, name) as is_ours:
         if not is_ours:
             return False
+        progress.say(f"cell {list(cells).index(name) + 1} of {len(cells)}: {name}")
         with _timed(workdir) as spent:
             try:
                 pipeline.run(_resolved(cell, folder), workdir)
