@@ -1,6 +1,6 @@
 """Quickstart: from random weights to a small model that reasons, beside a twin that does not.
 
-  python -m jaxreason.launch                           about 10 minutes on 2 CPU cores
+  python -m jaxreason.launch                           10 to 20 minutes on 2 CPU cores
   python -m jaxreason.launch --config=quickstart:smoke --workdir=/tmp/smoke       under 3 minutes
 
 A Qwen3 of 0.8M parameters reads bytes. It is pretrained on arithmetic text (expressions and their
